@@ -1,0 +1,202 @@
+"""What the transformations say to one another.
+
+A *packet* is a gradient and what is known about it. The gradient travels as
+`updates`, the rest as extra arguments, each with one meaning everywhere:
+
+| extra          | meaning                                                   |
+|----------------|-----------------------------------------------------------|
+| `value`        | loss of the batch where its gradient was taken, a scalar  |
+| `batch`        | the batch itself, any pytree of arrays                    |
+| `staleness`    | updates applied since the worker read (int32 scalar)      |
+| `worker`       | whose gradient it is (int32 scalar)                       |
+| `stale_params` | the parameters that the worker read                       |
+| `verification` | a batch on which the average error is measured            |
+
+A transformation that changes where a worker *reads* says so in its state, by
+`ReadOffset` or `ReadPoint`; `worker_params` finds them. State that no worker
+reads through (a second optimizer's, a worker's own) is wrapped in `Unread`.
+"""
+
+import numbers
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class ReadOffset(NamedTuple):
+  """A worker reads `params + scale * tree`."""
+
+  scale: jax.Array  # shape=(), the dtype of a learning rate.
+  tree: optax.Params  # Like the parameters.
+
+
+class ReadPoint(NamedTuple):
+  """While `active`, a worker reads `params` itself, offsets included."""
+
+  active: jax.Array  # shape=(), dtype=bool.
+  params: optax.Params
+
+
+PACKET = ('value', 'batch', 'staleness', 'worker', 'stale_params')
+
+
+class Unread(NamedTuple):
+  """State in which `worker_params` does not look."""
+
+  state: Any
+
+
+def worker_params(params: optax.Params, state: optax.OptState) -> optax.Params:
+  r"""The parameters at which a worker takes its next gradient.
+
+  .. math::
+
+    w^{read}_t = w_t + \sum_i c_i d_i
+
+  over the offsets :math:`c_i d_i` that the transformations in ``state``
+  announce (:math:`c_i` a scalar, :math:`d_i` shaped like the parameters);
+  within a round of :func:`synchronous`, the parameters that its workers read
+  when the round began. Where ``state`` announces nothing, ``params`` itself.
+
+  Args:
+    params: The server's parameters, any pytree of arrays.
+    state: The state of any transformation or chain around any of this
+      package's transformations.
+
+  Returns:
+    A pytree like ``params``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.synchronous(optax.sgd(0.5), workers=2)
+    >>> params = jnp.array([1.0])
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(jnp.array([1.0]), state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> print(params, gsgd_jax.worker_params(params, state))
+    [0.5] [1.]
+  """
+  announcement = (ReadOffset, ReadPoint, Unread)
+  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, announcement))
+  read = params
+  for offset in (x for x in found if isinstance(x, ReadOffset)):
+    read = jax.tree.map(
+      lambda p, d, c=offset.scale: (p + c * d).astype(p.dtype),
+      read,
+      offset.tree,
+    )
+  # The outermost point wins, so it comes last.
+  for point in (x for x in reversed(found) if isinstance(x, ReadPoint)):
+    read = optax.tree.where(point.active, point.params, read)
+  return read
+
+
+def positive_int(name: str, given: Any, minimum: int = 1) -> int:
+  """Checks a number that decides shapes: a Python integer of a least size."""
+  if isinstance(given, jax.core.Tracer):
+    raise ValueError(
+      f'{name} decides the shapes of the state and must be a Python int, got '
+      f'a traced array; with optax.inject_hyperparams name it in static_args'
+    )
+  try:
+    if isinstance(given, bool):
+      raise TypeError
+    result = operator.index(given)
+  except TypeError:
+    raise ValueError(f'{name} must be an int, got {given!r}') from None
+  if result < minimum:
+    raise ValueError(f'{name} must be at least {minimum}, got {result}')
+  return result
+
+
+def one_of(name: str, given: Any, allowed: tuple[str, ...]) -> str:
+  """Checks a choice by name."""
+  if given not in allowed:
+    listed = ', '.join(repr(a) for a in allowed)
+    raise ValueError(f'{name} must be one of {listed}, got {given!r}')
+  return given
+
+
+def missing(who: str, extra: str, remedy: str) -> ValueError:
+  """The error for a required extra argument that nobody supplied."""
+  return ValueError(
+    f'{who} needs the extra argument `{extra}`, but update was called without '
+    f'it: {remedy}'
+  )
+
+
+def other_extras(extra_args: dict[str, Any]) -> dict[str, Any]:
+  """The extras that do not belong to the packet they came with."""
+  return {k: v for k, v in extra_args.items() if k not in PACKET}
+
+
+def scalar_value(who: str, extra_args: dict[str, Any]) -> jax.Array | None:
+  """The extra `value` in the dtype of scores, or None where it is absent."""
+  value = extra_args.get('value')
+  if value is None:
+    return None
+  if not isinstance(value, (numbers.Real, jax.Array)) and not hasattr(
+    value, 'dtype'
+  ):
+    raise ValueError(
+      f'{who} needs `value` to be a real scalar (the loss of the batch), got '
+      f'{type(value).__name__}; pass value=loss to update'
+    )
+  shape, dtype = jnp.shape(value), jnp.result_type(value)
+  if (
+    shape != ()
+    or not jnp.issubdtype(dtype, jnp.number)
+    or jnp.issubdtype(dtype, jnp.complexfloating)
+  ):
+    raise ValueError(
+      f'{who} needs `value` to be a real scalar (the loss of the batch), got '
+      f'shape {shape} and dtype {dtype}; pass its mean, value=losses.mean()'
+    )
+  return jnp.asarray(value, score_dtype())
+
+
+def score_dtype():
+  """float32, or float64 where x64 is on."""
+  return jnp.zeros(()).dtype
+
+
+def abstract(tree: Any) -> Any:
+  """Shapes and dtypes of a tree of arrays, as JAX will hold them."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      jnp.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+    ),
+    tree,
+  )
+
+
+def checked_batch(who: str, extra_args: dict[str, Any], batch_like: Any) -> Any:
+  """The extra `batch`, which must look like `batch_like`."""
+  batch = extra_args.get('batch')
+  if batch is None:
+    raise missing(
+      who,
+      'batch',
+      'pass batch=... to update, and batch_like=... to every transformation '
+      'around this one that delays gradients',
+    )
+  given, wanted = abstract(batch), abstract(batch_like)
+  if jax.tree.structure(given) != jax.tree.structure(wanted):
+    raise ValueError(
+      f'{who} was given batch_like with structure '
+      f'{jax.tree.structure(wanted)}, but a `batch` with structure '
+      f'{jax.tree.structure(given)}; pass batches like batch_like'
+    )
+  paths = jax.tree_util.tree_leaves_with_path(given)
+  for (path, g), w in zip(paths, jax.tree.leaves(wanted), strict=True):
+    if (g.shape, g.dtype) != (w.shape, w.dtype):
+      raise ValueError(
+        f'{who} was given batch_like{jax.tree_util.keystr(path)} of shape '
+        f'{w.shape} and dtype {w.dtype}, but a `batch` whose leaf has shape '
+        f'{g.shape} and dtype {g.dtype}; pass batches like batch_like'
+      )
+  return jax.tree.map(jnp.asarray, batch)

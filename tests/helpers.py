@@ -1,0 +1,282 @@
+"""Problems, and the two ways to run them: the oracle's and the library's."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from hypothesis import strategies as st
+
+from gsgd_jax import _protocol, worker_params
+from tests import reference
+
+# Parameters: the oracle's flat vector is the library's two-leaf tree.
+
+
+def to_tree(flat):
+  half = flat.shape[-1] // 2
+  return {'first': flat[..., :half], 'rest': (flat[..., half:],)}
+
+
+def to_flat(tree):
+  return jnp.concatenate([tree['first'], tree['rest'][0]], axis=-1)
+
+
+# Problems.
+
+
+def quadratic_loss(params, batch):
+  centres, curvatures = batch
+  drift = to_flat(params)[None] - centres
+  return jnp.mean(0.5 * curvatures * drift**2)
+
+
+def logistic_loss(params, batch):
+  inputs, labels = batch
+  return jnp.mean(jnp.logaddexp(0.0, -labels * (inputs @ to_flat(params))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Batches of a problem, and its loss for either side."""
+
+  kind: str
+  start: np.ndarray  # (seeds, size)
+  batches: tuple[np.ndarray, np.ndarray]  # Leaves (seeds, calls, examples, ..)
+  verification: tuple[np.ndarray, np.ndarray]  # Likewise.
+
+  @property
+  def loss_fn(self):
+    return {'quadratic': quadratic_loss, 'logistic': logistic_loss}[self.kind]
+
+  @property
+  def loss(self):
+    return getattr(reference, f'{self.kind}_loss')
+
+  @property
+  def gradient(self):
+    return getattr(reference, f'{self.kind}_gradient')
+
+  @property
+  def batch_like(self):
+    return jax.tree.map(lambda x: x[0, 0], self.batches)
+
+  def of_seed(self, seed):
+    """Start, batches and verification batches, as the oracle takes them."""
+    calls = self.batches[0].shape[1]
+    pick = lambda pair: [
+      (pair[0][seed, t], pair[1][seed, t]) for t in range(calls)
+    ]
+    return self.start[seed], pick(self.batches), pick(self.verification)
+
+
+def make_problem(kind, size, examples, calls, seed, seeds=1):
+  rng = np.random.default_rng(seed)
+
+  def batches(examples):
+    first = rng.normal(size=(seeds, calls, examples, size))
+    if kind == 'quadratic':
+      return first, rng.uniform(0.2, 2.0, size=first.shape)
+    return first, rng.choice([-1.0, 1.0], size=first.shape[:-1])
+
+  return Problem(
+    kind, rng.normal(size=(seeds, size)), batches(examples), batches(5)
+  )
+
+
+problems = st.builds(
+  make_problem,
+  kind=st.sampled_from(['quadratic', 'logistic']),
+  size=st.integers(2, 6),
+  examples=st.integers(1, 4),
+  calls=st.integers(1, 45),
+  seed=st.integers(0, 2**30),
+  seeds=st.just(2),
+)
+modes = st.sampled_from(['jit', 'scan', 'vmap'])
+
+
+# Transformations that exist to see what a packet carries.
+
+
+class LookAheadState(NamedTuple):
+  offset: _protocol.ReadOffset
+
+
+def look_ahead(learning_rate, horizon):
+  """SGD whose workers read `horizon` updates ahead of the server."""
+
+  def init(params):
+    return LookAheadState(
+      _protocol.ReadOffset(
+        jnp.asarray(horizon, jnp.float64), optax.tree.zeros_like(params)
+      )
+    )
+
+  def update(updates, state, params=None):
+    del params
+    step = optax.tree.scale(-learning_rate, updates)
+    return step, LookAheadState(state.offset._replace(tree=step))
+
+  return optax.GradientTransformation(init, update)
+
+
+def delay_compensated(inner, strength):
+  """Reads `stale_params`."""
+
+  def update(updates, state, params=None, *, stale_params, **extra):
+    corrected = jax.tree.map(
+      lambda g, w, s: g + strength * g * g * (w - s),
+      updates,
+      params,
+      stale_params,
+    )
+    return inner.update(
+      corrected, state, params, stale_params=stale_params, **extra
+    )
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def staleness_scaled(inner):
+  """Reads `staleness` and, where it is given, `worker`."""
+
+  def update(updates, state, params=None, *, staleness, worker=None, **extra):
+    worker = jnp.zeros([], jnp.int32) if worker is None else worker
+    scale = (1 + staleness + worker).astype(jnp.float64)
+    updates = jax.tree.map(lambda g: g / scale, updates)
+    extra.update(staleness=staleness, worker=worker)
+    return inner.update(updates, state, params, **extra)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+class Inner(NamedTuple):
+  """An inner optimizer for either side."""
+
+  oracle: object  # () -> a server
+  library: optax.GradientTransformation
+  needs: frozenset = frozenset()
+
+
+def _extra(tx):
+  return optax.with_extra_args_support(tx)
+
+
+def lenient(tx):
+  """optax's bias correction mixes dtypes, which these tests forbid."""
+
+  def update(updates, state, params=None):
+    with jax.numpy_dtype_promotion('standard'):
+      return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+INNERS = {
+  'sgd': Inner(lambda: reference.Sgd(0.1), optax.sgd(0.1)),
+  'heavy ball': Inner(
+    lambda: reference.Sgd(0.03, 0.9), optax.sgd(0.03, momentum=0.9)
+  ),
+  'nesterov': Inner(
+    lambda: reference.Sgd(0.03, 0.8, True),
+    optax.sgd(0.03, momentum=0.8, nesterov=True),
+  ),
+  'adam': Inner(lambda: reference.Adam(0.01), lenient(optax.adam(0.01))),
+  'look ahead': Inner(
+    lambda: reference.LookAhead(0.05, 3.0), look_ahead(0.05, 3.0)
+  ),
+  'compensated': Inner(
+    lambda: reference.DelayCompensated(reference.LookAhead(0.05, 2.0), 0.3),
+    delay_compensated(_extra(look_ahead(0.05, 2.0)), 0.3),
+    frozenset({'stale_params'}),
+  ),
+  'scaled': Inner(
+    lambda: reference.StalenessScaled(reference.Sgd(0.2, 0.5)),
+    staleness_scaled(_extra(optax.sgd(0.2, momentum=0.5))),
+    frozenset({'staleness'}),
+  ),
+}
+inner_names = st.sampled_from(sorted(INNERS))
+
+
+# The library's run.
+
+
+def run(tx, problem, mode, *, verification_from=None):
+  """Runs `tx` on every seed of a problem.
+
+  Args:
+    tx: A transformation.
+    problem: A `Problem`.
+    mode: 'jit' (a jitted call per step), 'scan', or 'vmap' (of a scan).
+    verification_from: The first call with a verification batch that counts, or
+      None to pass none.
+
+  Returns:
+    For every seed, the flat parameters after every call, the states after
+    every call (stacked), both as NumPy arrays.
+  """
+  loss_fn = problem.loss_fn
+
+  def step(carry, t_and_batch):
+    params, state = carry
+    t, batch, verification = t_and_batch
+    del t
+    value, grads = jax.value_and_grad(loss_fn)(
+      worker_params(params, state), batch
+    )
+    extra = {} if verification is None else {'verification': verification}
+    updates, state = tx.update(
+      grads, state, params, value=value, batch=batch, **extra
+    )
+    params = optax.apply_updates(params, updates)
+    return (params, state), (to_flat(params), state)
+
+  def inputs(seed):
+    batches = jax.tree.map(lambda x: x[seed], problem.batches)
+    calls = batches[0].shape[0]
+    verification = None
+    if verification_from is not None:
+      verification = jax.tree.map(
+        lambda x: np.roll(x[seed], verification_from, axis=0),
+        problem.verification,
+      )
+    return np.arange(calls), batches, verification
+
+  def scanned(start, xs):
+    params = to_tree(start)
+    return jax.lax.scan(step, (params, tx.init(params)), xs)[1]
+
+  seeds = range(len(problem.start))
+  if mode == 'vmap':
+    stacked = jax.tree.map(lambda *x: np.stack(x), *map(inputs, seeds))
+    out = jax.jit(jax.vmap(scanned))(problem.start, stacked)
+    outs = [jax.tree.map(lambda x, s=s: np.asarray(x[s]), out) for s in seeds]
+  elif mode == 'scan':
+    outs = [jax.jit(scanned)(problem.start[s], inputs(s)) for s in seeds]
+  else:
+    outs = [_per_call(step, tx, problem.start[s], inputs(s)) for s in seeds]
+  return [jax.tree.map(np.asarray, out) for out in outs]
+
+
+def _per_call(step, tx, start, xs):
+  step = jax.jit(step, donate_argnums=0)
+  params = to_tree(jnp.array(start))
+  carry = (params, tx.init(params))
+  trajectory = []
+  for t in range(len(xs[0])):
+    carry, (flat, state) = step(carry, jax.tree.map(lambda x, t=t: x[t], xs))
+    trajectory.append(jax.tree.map(np.asarray, (flat, state)))
+  return jax.tree.map(lambda *x: np.stack(x), *trajectory)
+
+
+def assert_trajectory(actual, expected, tolerance=1e-9):
+  """The library's parameters after each update against the oracle's."""
+  assert len(actual) == len(expected)
+  if expected:
+    np.testing.assert_allclose(
+      actual, np.stack(expected), rtol=tolerance, atol=tolerance
+    )

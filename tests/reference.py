@@ -1,0 +1,493 @@
+"""Every algorithm as plain NumPy loops: the oracle of the fast code.
+
+Nothing here imports JAX or the package. A *server* owns the optimizer and has
+two methods: `apply(params, packet)` returns the parameters after a packet has
+arrived, `read(params)` the parameters that a worker reads. Optimizers are
+servers, guided SGD is a server around a server, and the functions at the end
+(`asynchronous`, `delayed_leaves`, `synchronous`) feed packets to a server.
+
+Parameters are one flat float64 vector.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Packet:
+  """What arrives at the server."""
+
+  gradient: np.ndarray
+  value: float
+  batch: object
+  staleness: int = 0
+  worker: int = 0
+  stale_params: np.ndarray | None = None
+
+
+# Problems: loss and gradient of a batch.
+
+
+def quadratic_loss(params, batch):
+  centres, curvatures = batch
+  return float(np.mean(0.5 * curvatures * (params - centres) ** 2))
+
+
+def quadratic_gradient(params, batch):
+  centres, curvatures = batch
+  gradient = np.zeros_like(params)
+  for centre, curvature in zip(centres, curvatures, strict=True):
+    gradient += curvature * (params - centre)
+  return gradient / centres.size
+
+
+def logistic_loss(params, batch):
+  inputs, labels = batch  # Labels are -1 or 1.
+  total = 0.0
+  for x, y in zip(inputs, labels, strict=True):
+    total += np.logaddexp(0.0, -y * float(x @ params))
+  return total / len(labels)
+
+
+def logistic_gradient(params, batch):
+  inputs, labels = batch
+  gradient = np.zeros_like(params)
+  for x, y in zip(inputs, labels, strict=True):
+    gradient += -y * x / (1.0 + math.exp(y * float(x @ params)))
+  return gradient / len(labels)
+
+
+# Optimizers.
+
+
+class Sgd:
+  """SGD with optional heavy-ball or Nesterov momentum."""
+
+  def __init__(self, learning_rate, momentum=0.0, nesterov=False):
+    self.learning_rate = learning_rate
+    self.momentum = momentum
+    self.nesterov = nesterov
+    self.velocity = 0.0
+
+  def read(self, params):
+    return params
+
+  def apply(self, params, packet):
+    g = packet.gradient
+    self.velocity = self.momentum * self.velocity + g
+    step = self.momentum * self.velocity + g if self.nesterov else self.velocity
+    return params - self.learning_rate * step
+
+
+class Adam:
+  """Adam with bias correction, epsilon outside the root."""
+
+  def __init__(self, learning_rate, b1=0.9, b2=0.999, epsilon=1e-8):
+    self.learning_rate = learning_rate
+    self.b1, self.b2, self.epsilon = b1, b2, epsilon
+    self.first, self.second, self.count = 0.0, 0.0, 0
+
+  def read(self, params):
+    return params
+
+  def apply(self, params, packet):
+    g = packet.gradient
+    self.count += 1
+    self.first = self.b1 * self.first + (1 - self.b1) * g
+    self.second = self.b2 * self.second + (1 - self.b2) * g * g
+    first = self.first / (1 - self.b1**self.count)
+    second = self.second / (1 - self.b2**self.count)
+    return params - self.learning_rate * first / (
+      np.sqrt(second) + self.epsilon
+    )
+
+
+class LookAhead:
+  """SGD whose workers read `horizon` updates ahead of the server."""
+
+  def __init__(self, learning_rate, horizon):
+    self.learning_rate = learning_rate
+    self.horizon = horizon
+    self.last_step = 0.0
+
+  def read(self, params):
+    return params + self.horizon * self.last_step
+
+  def apply(self, params, packet):
+    self.last_step = -self.learning_rate * packet.gradient
+    return params + self.last_step
+
+
+class DelayCompensated:
+  """DC-ASGD-c around a server; stands for whatever reads `stale_params`."""
+
+  def __init__(self, inner, strength):
+    self.inner = inner
+    self.strength = strength
+
+  def read(self, params):
+    return self.inner.read(params)
+
+  def apply(self, params, packet):
+    g = packet.gradient
+    drift = params - packet.stale_params
+    corrected = g + self.strength * g * g * drift
+    return self.inner.apply(
+      params, dataclasses.replace(packet, gradient=corrected)
+    )
+
+
+class StalenessScaled:
+  """Divides by `1 + staleness + worker`; shows what a packet carries."""
+
+  def __init__(self, inner):
+    self.inner = inner
+
+  def read(self, params):
+    return self.inner.read(params)
+
+  def apply(self, params, packet):
+    scale = 1.0 + packet.staleness + packet.worker
+    return self.inner.apply(
+      params, dataclasses.replace(packet, gradient=packet.gradient / scale)
+    )
+
+
+# Guided SGD.
+
+
+@dataclasses.dataclass
+class Entry:
+  """A batch in the window, with what is known about it."""
+
+  packet: Packet
+  position: int
+  score: float
+  loss: float
+  surprise: float
+  collected: list[float]
+
+
+class Guided:
+  """Guided SGD around a server.
+
+  Args:
+    inner: the server that applies gradients.
+    loss, gradient: functions of (params, batch), or None for both: then the
+      stored gradients are replayed.
+    verification: a function of the update's number that gives a verification
+      batch, or None for the running mean of the values.
+    draw: for `select='random'`, a function of the window's number that gives
+      a number for each position; the highest are replayed.
+  """
+
+  def __init__(
+    self,
+    inner,
+    loss=None,
+    gradient=None,
+    *,
+    window=10,
+    replays=None,
+    revisit=0,
+    select='consistent',
+    average_scores=False,
+    replay_with=None,
+    verification=None,
+    draw=None,
+  ):
+    self.inner = inner
+    self.loss, self.gradient = loss, gradient
+    self.window = window
+    self.replays = min(4, window // 2) if replays is None else replays
+    self.revisit = revisit
+    self.select = select
+    self.average_scores = average_scores
+    self.replay_with = replay_with
+    self.verification = verification
+    self.draw = draw
+    self.entries: list[Entry] = []
+    self.previous = math.inf
+    self.count = 0
+    self.gradient_evaluations = 0
+    self.replayed: list[list[int]] = []  # Of every window, in order.
+    self.margins: list[float] = []  # How nearly the selections were tied.
+
+  def read(self, params):
+    return self.inner.read(params)
+
+  def apply(self, params, packet):
+    params = self.inner.apply(params, packet)
+    self.gradient_evaluations += 1
+    sample = None
+    if self.verification is not None:
+      sample = self.verification(self.count)
+      average = self.loss(params, sample)
+    elif self.count == 0:
+      average = packet.value
+    else:
+      average = 0.9 * self.previous + 0.1 * packet.value
+    known = self.previous < math.inf
+    sign = 1.0 if average < self.previous else -1.0
+    if known:
+      self.margins.append(abs(average - self.previous))
+    for entry in self._revisited():
+      if self.revisit != 0:
+        entry.loss = self.loss(params, entry.packet.batch)
+      if known:
+        self._collect(entry, sign * (self.previous - entry.loss))
+    arriving = Entry(
+      packet=packet,
+      position=len(self.entries),
+      score=0.0,
+      loss=packet.value,
+      surprise=abs(self.previous - packet.value) if known else 0.0,
+      collected=[],
+    )
+    if self.average_scores and known:
+      self._collect(arriving, self.previous - average)
+    self.entries.append(arriving)
+    self.previous = average
+    self.count += 1
+    if len(self.entries) == self.window:
+      params = self._replay(params)
+      if self.average_scores and sample is not None:
+        self.previous = self.loss(params, sample)
+      self.entries = []
+    return params
+
+  def _revisited(self):
+    if self.revisit in (None, 0):
+      return self.entries
+    return self.entries[-self.revisit :]
+
+  def _collect(self, entry, gain):
+    entry.collected.append(gain)
+    if self.average_scores:
+      entry.score = sum(entry.collected) / len(entry.collected)
+    else:
+      entry.score = sum(entry.collected)
+
+  def _preference(self, entry, numbers):
+    return {
+      'consistent': entry.score,
+      'inconsistent': -entry.score,
+      'hardest': entry.loss,
+      'surprise': entry.surprise,
+      'random': numbers[entry.position],
+    }[self.select]
+
+  def _replay(self, params):
+    numbers = [0.0] * self.window
+    if self.select == 'random':
+      numbers = self.draw(self.count // self.window - 1)
+    above_zero = [e for e in self.entries if e.score > 0]
+    chosen_count = min(self.replays, len(above_zero))
+    # Python's sort is stable: of equal ones the earlier batch comes first.
+    ranked = sorted(
+      self.entries, key=lambda e: self._preference(e, numbers), reverse=True
+    )
+    chosen = ranked[:chosen_count]
+    self._note_margins(ranked, numbers)
+    for entry in chosen:
+      params = self._replay_one(params, entry)
+    self.replayed.append([e.position for e in chosen])
+    return params
+
+  def _note_margins(self, ranked, numbers):
+    preferences = [self._preference(e, numbers) for e in ranked]
+    self.margins += [
+      a - b for a, b in itertools.pairwise(preferences) if a != b
+    ]
+    self.margins += [abs(e.score) for e in self.entries if e.score != 0]
+
+  def _replay_one(self, params, entry):
+    server = self.inner if self.replay_with is None else self.replay_with
+    if self.gradient is None:
+      age = self.window - entry.position
+      packet = dataclasses.replace(
+        entry.packet,
+        staleness=entry.packet.staleness + age,
+        stale_params=None,
+      )
+    else:
+      point = params if self.replay_with is not None else server.read(params)
+      self.gradient_evaluations += 1
+      packet = dataclasses.replace(
+        entry.packet,
+        gradient=self.gradient(point, entry.packet.batch),
+        value=self.loss(point, entry.packet.batch),
+        staleness=0,
+        stale_params=point,
+      )
+    return server.apply(params, packet)
+
+
+# Staleness.
+
+
+def round_robin(workers: int) -> Iterator[int]:
+  """Worker 0, 1, ..., workers - 1, and again."""
+  while True:
+    yield from range(workers)
+
+
+@dataclasses.dataclass
+class Worker:
+  """A worker, and the gradient it is computing."""
+
+  batch: object
+  params: np.ndarray  # What it read.
+  version: int  # How many updates the server had applied when it read.
+  momentum: float | None = None
+  velocity: np.ndarray | float = 0.0
+
+
+def asynchronous(
+  params,
+  server,
+  loss: Callable,
+  gradient: Callable,
+  workers: int,
+  batches: Sequence[object],
+  arrivals: Iterator[int] | None = None,
+  worker_momentum: float | None = None,
+):
+  """A parameter server and its workers.
+
+  Batch `i` goes to worker `i` for the first `workers` batches; afterwards
+  every batch goes to the worker that arrived last.
+
+  Returns:
+    The parameters after every update, and the packets that were applied.
+  """
+  arrivals = round_robin(workers) if arrivals is None else arrivals
+  batches = list(batches)
+  # All workers read the first parameters and compute.
+  crew = [
+    Worker(batches[i], server.read(params), 0, worker_momentum)
+    for i in range(workers)
+  ]
+  trajectory, packets = [], []
+  for version in range(len(batches) - workers + 1):
+    index = next(arrivals)
+    worker = crew[index]
+    packet = Packet(
+      gradient=_worker_gradient(worker, gradient),
+      value=loss(worker.params, worker.batch),
+      batch=worker.batch,
+      staleness=version - worker.version,
+      worker=index,
+      stale_params=worker.params,
+    )
+    params = server.apply(params, packet)
+    trajectory.append(params)
+    packets.append(packet)
+    if version + workers < len(batches):
+      worker.batch = batches[version + workers]
+      worker.params = server.read(params)
+      worker.version = version + 1
+  return trajectory, packets
+
+
+def _worker_gradient(worker, gradient):
+  g = gradient(worker.params, worker.batch)
+  if worker.momentum is None:
+    return g
+  worker.velocity = worker.momentum * worker.velocity + g
+  return worker.velocity
+
+
+def delayed_leaves(params, server, gradient, delays, batches):
+  """Every element of the parameters has a delay of its own.
+
+  Args:
+    delays: a delay for each element of `params`.
+
+  Returns:
+    The parameters after every call, and the elements' stalenesses at every
+    call at which the server applied something (else None).
+  """
+  delays = list(delays)
+  first = min(delays)
+  gradients, reads, versions = [], [], []
+  version = 0
+  trajectory, stalenesses = [], []
+  for t, batch in enumerate(batches):
+    reads.append(server.read(params))
+    gradients.append(gradient(reads[-1], batch))
+    versions.append(version)
+    if t < first:
+      trajectory.append(params)
+      stalenesses.append(None)
+      continue
+    arrived = np.zeros_like(params)
+    stale = np.array(params)
+    staleness = []
+    for i, delay in enumerate(delays):
+      if t >= delay:
+        arrived[i] = gradients[t - delay][i]
+        stale[i] = reads[t - delay][i]
+        staleness.append(version - versions[t - delay])
+      else:
+        stale[i] = reads[0][i]
+        staleness.append(version)
+    after = server.apply(
+      params,
+      Packet(arrived, math.nan, None, staleness=staleness, stale_params=stale),
+    )
+    filling = np.array([t < delay for delay in delays])
+    params = np.where(filling, params, after)
+    version += 1
+    trajectory.append(params)
+    stalenesses.append(staleness)
+  return trajectory, stalenesses
+
+
+def synchronous(
+  params, server, loss, gradient, workers, batches, combine='sequential'
+):
+  """Rounds at shared parameters.
+
+  Returns:
+    The parameters after every call (one gradient each), and the packets that
+    were applied.
+  """
+  trajectory, packets = [], []
+  for start in range(0, len(batches) - workers + 1, workers):
+    read = server.read(params)
+    crew = batches[start : start + workers]
+    gradients = [gradient(read, batch) for batch in crew]
+    values = [loss(read, batch) for batch in crew]
+    if combine == 'mean':
+      trajectory += [params] * (workers - 1)
+      packet = Packet(
+        gradient=sum(gradients) / workers,
+        value=sum(values) / workers,
+        batch=tuple(
+          np.concatenate([batch[i] for batch in crew])
+          for i in range(len(crew[0]))
+        ),
+        stale_params=read,
+      )
+      params = server.apply(params, packet)
+      trajectory.append(params)
+      packets.append(packet)
+      continue
+    for index in range(workers):
+      packet = Packet(
+        gradient=gradients[index],
+        value=values[index],
+        batch=crew[index],
+        staleness=index,
+        worker=index,
+        stale_params=read,
+      )
+      params = server.apply(params, packet)
+      trajectory.append(params)
+      packets.append(packet)
+  return trajectory, packets

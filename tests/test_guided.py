@@ -1,0 +1,427 @@
+"""guided against the oracle."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import gsgd_jax
+from tests import helpers, reference
+
+SELECT = ['consistent', 'random', 'hardest', 'inconsistent', 'surprise']
+
+
+def draw_with(seed, window):
+  """The numbers that `select='random'` ranks by, for the oracle."""
+
+  def draw(number):
+    key = jax.random.fold_in(jax.random.PRNGKey(seed), number)
+    return np.asarray(jax.random.uniform(key, [window])).tolist()
+
+  return draw
+
+
+@st.composite
+def settings(draw):
+  """The dial of `guided`."""
+  window = draw(st.integers(1, 9))
+  stored = draw(st.integers(0, 4)) == 0
+  return dict(
+    window=window,
+    replays=draw(st.none() | st.integers(0, window)),
+    select=draw(st.sampled_from(SELECT)),
+    average_scores=draw(st.booleans()),
+    revisit=0 if stored else draw(st.none() | st.integers(0, window + 1)),
+    stored=stored,
+    verified=not stored and draw(st.booleans()),
+    replay_with=draw(st.sampled_from([None, 'sgd', 'heavy ball'])),
+  )
+
+
+def build(problem, inner, setting, seed):
+  """The same guided SGD for either side."""
+  setting = dict(setting)
+  stored, verified = setting.pop('stored'), setting.pop('verified')
+  replay_with = setting.pop('replay_with')
+
+  def oracle(verification):
+    return reference.Guided(
+      helpers.INNERS[inner].oracle(),
+      None if stored else problem.loss,
+      None if stored else problem.gradient,
+      replay_with=replay_with and helpers.INNERS[replay_with].oracle(),
+      verification=(lambda t: verification[t]) if verified else None,
+      draw=draw_with(seed, setting['window']),
+      **setting,
+    )
+
+  library = gsgd_jax.guided(
+    helpers.INNERS[inner].library,
+    None if stored else problem.loss_fn,
+    replay_with=replay_with and helpers.INNERS[replay_with].library,
+    batch_like=None if stored else problem.batch_like,
+    seed=seed,
+    **setting,
+  )
+  return oracle, library, verified
+
+
+def assert_same_guidance(oracle, state, calls):
+  """The selections, scores and evaluations, after `calls` arrivals."""
+  if oracle.replays == 0:
+    return
+  state = jax.tree.map(lambda x: x[len(x) - calls :], state)
+  window = oracle.window
+  for number, replayed in enumerate(oracle.replayed):
+    seen = state.replayed[(number + 1) * window - 1]
+    assert seen[seen >= 0].tolist() == replayed
+    assert np.all(seen[len(replayed) :] == -1)
+  assert state.gradient_evaluations[-1] == oracle.gradient_evaluations
+  np.testing.assert_allclose(
+    state.average_error[-1], oracle.previous, rtol=1e-8
+  )
+  np.testing.assert_allclose(
+    state.window.scores[-1][: len(oracle.entries)],
+    [entry.score for entry in oracle.entries],
+    rtol=1e-8,
+    atol=1e-9,
+  )
+
+
+def set_aside_ties(oracle):
+  """Rounding may decide between scores that are nearly tied."""
+  assume(all(margin > 1e-7 for margin in oracle.margins))
+
+
+@given(
+  problem=helpers.problems,
+  inner=st.sampled_from(['sgd', 'heavy ball', 'nesterov', 'adam']),
+  setting=settings(),
+  seed=st.integers(0, 100),
+  mode=helpers.modes,
+)
+def test_guided(problem, inner, setting, seed, mode):
+  oracle_of, tx, verified = build(problem, inner, setting, seed)
+  outs = helpers.run(
+    tx, problem, mode, verification_from=0 if verified else None
+  )
+  for s, (flat, state) in enumerate(outs):
+    start, batches, verification = problem.of_seed(s)
+    oracle = oracle_of(verification)
+    expected, _ = reference.asynchronous(
+      start, oracle, problem.loss, problem.gradient, 1, batches
+    )
+    set_aside_ties(oracle)
+    helpers.assert_trajectory(flat, expected)
+    assert_same_guidance(oracle, state, len(batches))
+
+
+@given(
+  problem=helpers.problems,
+  inner=helpers.inner_names,
+  setting=settings(),
+  workers=st.integers(2, 6),
+  parallel=st.sampled_from(['asynchronous', 'sequential', 'delayed']),
+  seed=st.integers(0, 100),
+  mode=helpers.modes,
+)
+def test_guided_under_staleness(
+  problem, inner, setting, workers, parallel, seed, mode
+):
+  assume(problem.batches[0].shape[1] >= workers)
+  if setting['stored']:
+    # A stored gradient has no stale_params to be compensated with.
+    assume('stale_params' not in helpers.INNERS[inner].needs)
+  if setting['replay_with'] is None and parallel == 'delayed':
+    assume(inner != 'scaled')  # Nobody supplies `worker`.
+  oracle_of, guided, verified = build(problem, inner, setting, seed)
+  shift = 0 if parallel == 'sequential' else workers - 1
+  if parallel == 'asynchronous':
+    tx = gsgd_jax.asynchronous(
+      guided, workers, batch_like=problem.batch_like, keep_params=True
+    )
+  elif parallel == 'delayed':
+    tx = gsgd_jax.delayed(
+      guided, workers - 1, batch_like=problem.batch_like, keep_params=True
+    )
+  else:
+    tx = gsgd_jax.synchronous(guided, workers)
+  outs = helpers.run(
+    tx, problem, mode, verification_from=shift if verified else None
+  )
+  for s, (flat, state) in enumerate(outs):
+    start, batches, verification = problem.of_seed(s)
+    oracle = oracle_of(verification)
+    run_oracle = (
+      reference.synchronous
+      if parallel == 'sequential'
+      else reference.asynchronous
+    )
+    expected, _ = run_oracle(
+      start, oracle, problem.loss, problem.gradient, workers, batches
+    )
+    set_aside_ties(oracle)
+    if parallel == 'sequential':
+      # The oracle plays whole rounds only.
+      flat = flat[: len(expected)]
+      state = jax.tree.map(lambda x, n=len(expected): x[:n], state)
+    helpers.assert_trajectory(flat[shift:], expected)
+    if expected:
+      assert_same_guidance(oracle, state.inner_state, len(expected))
+
+
+def one_window(**settings):
+  """A window whose arithmetic fits on paper: losses are the batches."""
+  loss_fn = lambda params, batch: batch + 0 * params
+  tx = gsgd_jax.guided(
+    optax.sgd(1.0), loss_fn, batch_like=jnp.zeros([]), **settings
+  )
+  params = jnp.zeros([])
+  state = tx.init(params)
+
+  def step(loss, verification):
+    nonlocal state
+    _, state = tx.update(
+      jnp.ones([]),
+      state,
+      params,
+      value=jnp.float64(loss),
+      batch=jnp.float64(loss),
+      verification=jnp.float64(verification),
+    )
+    return state
+
+  return step
+
+
+def test_scores_by_hand():
+  step = one_window(window=4, replays=2, revisit=None)
+  assert step(2.0, 5.0).window.scores[0] == 0  # No V yet, no score.
+  # V falls from 5 to 4: +(5 - 2) for batch 0.
+  assert step(6.0, 4.0).window.scores[:2].tolist() == [3, 0]
+  # V rises from 4 to 7: -(4 - L): -2 for batch 0, +2 for batch 1.
+  assert step(9.0, 7.0).window.scores[:3].tolist() == [1, 2, 0]
+  # V falls from 7 to 6: +5, +1, -2.
+  state = step(1.0, 6.0)
+  assert state.window.scores.tolist() == [6, 3, -2, 0]
+  assert state.replayed.tolist() == [0, 1]
+  assert state.gradient_evaluations == 6
+  # V survives the end of the window.
+  state = step(1.0, 3.0)
+  assert state.average_error == 3 and state.window.scores[0] == 0
+  assert step(1.0, 2.0).window.scores[0] == 2
+
+
+def test_scores_by_hand_in_the_convolutional_variant():
+  step = one_window(window=3, replays=1, revisit=1, average_scores=True)
+  step(2.0, 5.0)
+  # Batch 0 collects 5 - 2; batch 1 enters with its own 5 - 4.
+  assert step(6.0, 4.0).window.scores[:2].tolist() == [3, 1]
+  # Only batch 1 is scored anew: mean of 1 and -(4 - 6); batch 2 enters -3.
+  state = step(9.0, 7.0)
+  np.testing.assert_allclose(state.window.scores, [3, 1.5, -3])
+  assert state.replayed.tolist() == [0]
+
+
+def test_scores_by_hand_with_free_scoring():
+  tx = gsgd_jax.guided(optax.sgd(1.0), window=3, replays=1)
+  params = jnp.zeros([])
+  state = tx.init(params)
+  for value in (4.0, 2.0, 8.0):
+    _, state = tx.update(jnp.ones([]), state, params, value=value)
+  # V: 4, 3.8, 4.22. Batch 0: 4 - 4, then -(3.8 - 4); batch 1: -(3.8 - 2).
+  np.testing.assert_allclose(state.window.scores, [0.2, -1.8, 0], atol=1e-12)
+  np.testing.assert_allclose(state.average_error, 4.22)
+  # The arriving batch's distance from the average before it.
+  np.testing.assert_allclose(state.window.surprises, [0, 2, 4.2])
+
+
+def test_equal_scores_go_to_the_earlier_batch():
+  step = one_window(window=5, replays=2, revisit=None)
+  for verification in (5.0, 4.0, 3.0, 2.0):
+    step(1.0, verification)
+  state = step(1.0, 2.0)
+  assert state.window.scores[2] > 0  # Batches 0 to 2 score; sums differ.
+  step = one_window(window=4, replays=3, select='surprise', revisit=None)
+  for verification in (5.0, 4.0, 4.0, 3.0):
+    state = step(2.0 if verification > 3 else 1.0, verification)
+  # |V - value|: 0, 3, 2, 3: positions 1 and 3 are tied.
+  assert state.window.surprises.tolist() == [0, 3, 2, 3]
+  assert state.replayed[0] == 1
+
+
+@pytest.mark.parametrize('select', SELECT)
+def test_every_selection_replays_as_many_as_consistent(select):
+  problem = helpers.make_problem('logistic', 5, 3, 60, seed=1)
+
+  def replayed(select):
+    tx = gsgd_jax.guided(
+      optax.sgd(0.1),
+      problem.loss_fn,
+      window=6,
+      revisit=None,
+      select=select,
+      batch_like=problem.batch_like,
+    )
+    # The parameters do not move, so all selections see the same scores.
+    frozen = optax.GradientTransformationExtraArgs(
+      tx.init,
+      lambda *args, **kwargs: (
+        optax.tree.zeros_like(args[0]),
+        tx.update(*args, **kwargs)[1],
+      ),
+    )
+    ((_, state),) = helpers.run(frozen, problem, 'scan', verification_from=0)
+    return state.replayed[5::6]
+
+  chosen, consistent = replayed(select), replayed('consistent')
+  assert (consistent >= 0).sum() > 5
+  np.testing.assert_array_equal(chosen >= 0, consistent >= 0)
+  for row in chosen:
+    row = row[row >= 0]
+    assert len(set(row.tolist())) == len(row)
+  if select != 'consistent':
+    assert not np.array_equal(chosen, consistent)
+
+
+def test_a_replay_is_a_packet():
+  """What `inner` is told about arrivals and about replays."""
+  seen = []
+
+  def spy(updates, state, params=None, **extra):
+    seen.append({k: np.shape(v) for k, v in extra.items()})
+    del params
+    return optax.tree.scale(-0.1, updates), jax.tree.map(
+      lambda x, y: jnp.asarray(y, x.dtype),
+      state,
+      {k: extra[k] for k in state},
+    )
+
+  inner = optax.GradientTransformationExtraArgs(
+    lambda params: dict(
+      staleness=jnp.int32(-1),
+      worker=jnp.int32(-1),
+      value=jnp.float64(-1),
+      stale_params=params * 0,
+    ),
+    spy,
+  )
+  loss_fn = lambda params, batch: jnp.sum((params - batch) ** 2)
+  tx = gsgd_jax.guided(
+    inner,
+    loss_fn,
+    window=2,
+    replays=1,
+    batch_like=jnp.zeros([]),
+    revisit=None,
+  )
+  params = jnp.array([1.0])
+  state = tx.init(params)
+  for batch, verification in ((0.5, 0.0), (3.0, 0.0)):
+    before = params
+    updates, state = tx.update(
+      jnp.array([1.0]),
+      state,
+      params,
+      value=9.0,
+      batch=jnp.float64(batch),
+      verification=jnp.float64(verification),
+      staleness=jnp.int32(7),
+      worker=jnp.int32(5 if batch == 0.5 else 6),
+      stale_params=params,
+      someone_elses=3,
+    )
+    params = optax.apply_updates(params, updates)
+  assert state.replayed.tolist() == [0]
+  at = before - 0.1
+  told = state.inner_state
+  assert told['staleness'] == 0 and told['worker'] == 5
+  np.testing.assert_allclose(told['value'], np.sum((at - 0.5) ** 2))
+  np.testing.assert_allclose(told['stale_params'], at)
+  assert all(extra['someone_elses'] == () for extra in seen)
+
+
+def test_a_stored_gradient_carries_its_age():
+  def spy(updates, state, params=None, *, staleness, **extra):
+    assert 'batch' not in extra
+    replaying = 'stale_params' not in extra
+    seen = jnp.where(replaying, staleness, state)
+    return optax.tree.scale(-0.1, updates), seen
+
+  inner = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.int32(-1), spy
+  )
+  tx = gsgd_jax.guided(inner, window=4, replays=1)
+  state = tx.init(jnp.zeros([]))
+  for value in (4.0, 2.0, 1.0, 0.5):
+    _, state = tx.update(
+      jnp.ones([]),
+      state,
+      jnp.zeros([]),
+      value=value,
+      staleness=jnp.int32(10),
+      stale_params=jnp.zeros([]),
+    )
+  # Replayed at the window's end, after its own update and the later ones.
+  position = int(state.replayed[0])
+  assert position == 1
+  assert state.inner_state == 10 + 4 - position
+
+
+def test_stored_gradients_refuse_what_needs_stale_params():
+  tx = gsgd_jax.guided(
+    helpers.delay_compensated(helpers._extra(optax.sgd(0.1)), 0.1), window=4
+  )
+  params = jnp.zeros([2])
+  with pytest.raises(TypeError, match='stale_params'):
+    tx.update(params, tx.init(params), params, value=1.0, stale_params=params)
+
+
+def test_seed_may_be_traced():
+  problem = helpers.make_problem('logistic', 4, 2, 30, seed=2)
+
+  @jax.jit
+  @jax.vmap
+  def selections(seed):
+    tx = gsgd_jax.guided(
+      optax.sgd(0.1),
+      problem.loss_fn,
+      select='random',
+      batch_like=problem.batch_like,
+      seed=seed,
+    )
+    start, batches, _ = problem.of_seed(0)
+    params = helpers.to_tree(start)
+    state = tx.init(params)
+    for batch in batches:
+      value, grads = jax.value_and_grad(problem.loss_fn)(params, batch)
+      updates, state = tx.update(grads, state, params, value=value, batch=batch)
+      params = optax.apply_updates(params, updates)
+    return state.replayed
+
+  first, second = selections(jnp.arange(2))
+  assert first.tolist() != second.tolist()
+
+
+def test_a_diverged_run_does_not_replay():
+  tx = gsgd_jax.guided(optax.sgd(0.1), window=4)
+  params = jnp.zeros([])
+  state = tx.init(params)
+  for _ in range(8):
+    _, state = tx.update(params, state, params, value=math.nan)
+  assert np.all(state.replayed == -1) and state.gradient_evaluations == 8
+
+
+def test_guided_state_can_be_donated():
+  problem = helpers.make_problem('quadratic', 4, 2, 8, seed=0)
+  for options in (
+    dict(loss_fn=problem.loss_fn, batch_like=problem.batch_like),
+    dict(average_scores=True, select='random'),
+  ):
+    tx = gsgd_jax.guided(optax.sgd(0.1), window=2, **options)
+    helpers.run(tx, problem, 'jit')  # Donates both from the first call.
