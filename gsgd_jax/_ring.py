@@ -68,6 +68,26 @@ def when(active: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
   return lax.fori_loop(0, jnp.where(active, 1, 0), body, carry)
 
 
+def applied_when(
+  active: jax.Array, update: Callable[[Any], Any], carry: Any
+) -> Any:
+  """`update((updates, state))` if active, else zero updates and `state`.
+
+  The loop is there to protect the state; where there is none, none is needed.
+  """
+  updates, state = carry
+  if jax.tree.leaves(state):
+    new_updates, state = when(active, update, carry)
+  else:
+    new_updates, state = update(carry)
+  new_updates = jax.tree.map(
+    lambda new, u: jnp.where(active, new, 0).astype(u.dtype),
+    new_updates,
+    updates,
+  )
+  return new_updates, state
+
+
 def cast_like(tree: Any, like: Any) -> Any:
   """`tree` in the dtypes of `like`."""
   return jax.tree.map(lambda x, y: _as_dtype(x, y.dtype), tree, like)

@@ -259,12 +259,13 @@ def _server(
     )
 
     def apply(carry):
-      _, inner_state = carry
-      arrived_updates = _ring.cast_like(arrived.updates, updates)
-      return inner.update(arrived_updates, inner_state, params, **packet)
+      arrived, inner_state = carry
+      return inner.update(arrived, inner_state, params, **packet)
 
-    new_updates, inner_state = _ring.when(
-      filled, apply, (optax.tree.zeros_like(updates), state.inner_state)
+    new_updates, inner_state = _ring.applied_when(
+      filled,
+      apply,
+      (_ring.cast_like(arrived.updates, updates), state.inner_state),
     )
     version = state.version + filled.astype(jnp.int32)
     return new_updates, AsynchronousState(
@@ -456,16 +457,16 @@ def _delayed_leaves(inner, delay, keep_params):
       )
 
     def apply(carry):
-      _, inner_state = carry
-      new_updates, inner_state = inner.update(
-        arrived, inner_state, params, **extras
-      )
-      return mute_filling(new_updates, delays, count), inner_state
+      arrived, inner_state = carry
+      return inner.update(arrived, inner_state, params, **extras)
 
-    carry = (optax.tree.zeros_like(updates), state.inner_state)
+    carry = (arrived, state.inner_state)
     new_updates, inner_state = (
-      apply(carry) if first == 0 else _ring.when(count >= first, apply, carry)
+      apply(carry)
+      if first == 0
+      else _ring.applied_when(count >= first, apply, carry)
     )
+    new_updates = mute_filling(new_updates, delays, count)
     return _ring.cast_like(new_updates, updates), DelayedState(
       count=optax.safe_increment(count),
       in_flight=in_flight,
@@ -652,14 +653,12 @@ def _synchronous_mean(inner, workers, batch_like):
       extras['batch'] = jax.tree.map(_join, sums.batch)
 
     def apply(carry):
-      _, inner_state = carry
-      mean = optax.tree.scale(1 / workers, sums.updates)
-      return inner.update(
-        _ring.cast_like(mean, updates), inner_state, params, **extras
-      )
+      mean, inner_state = carry
+      return inner.update(mean, inner_state, params, **extras)
 
-    new_updates, inner_state = _ring.when(
-      last, apply, (optax.tree.zeros_like(updates), state.inner_state)
+    mean = optax.tree.scale(1 / workers, sums.updates)
+    new_updates, inner_state = _ring.applied_when(
+      last, apply, (_ring.cast_like(mean, updates), state.inner_state)
     )
     return new_updates, SynchronousState(
       count=(state.count + 1) % workers,

@@ -1,0 +1,26 @@
+"""The paper's data set, where a delay costs next to nothing.
+
+  python train.py --config=configs/breast_cancer.py
+
+Breast Cancer Wisconsin (Diagnostic), softmax regression, 10 asynchronous
+workers, batches of 4, 50 epochs, as in Sharma (2021). The split is 60 % for
+training, 20 % for validation, 20 % for testing.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  default = pathlib.Path(__file__).with_name('default.py')
+  config = runpy.run_path(str(default))['get_config']()
+  config.dataset = 'breast_cancer'
+  config.model = 'softmax_regression'
+  config.batch_size = 4
+  config.workers = 10
+  config.learning_rate = 0.1
+  config.updates = 4250  # 50 epochs.
+  config.evaluate_every = 85  # One epoch.
+  return config
