@@ -17,7 +17,6 @@ A transformation that changes where a worker *reads* says so in its state, by
 reads through (a second optimizer's, a worker's own) is wrapped in `Unread`.
 """
 
-import numbers
 import operator
 from typing import Any, NamedTuple
 
@@ -124,9 +123,17 @@ def one_of(name: str, given: Any, allowed: tuple[str, ...]) -> str:
 def missing(who: str, extra: str, remedy: str) -> ValueError:
   """The error for a required extra argument that nobody supplied."""
   return ValueError(
-    f'{who} needs the extra argument `{extra}`, but update was called without '
-    f'it: {remedy}'
+    f'{who} needs the extra argument `{extra}`, but was given none: {remedy}'
   )
+
+
+def required_params(who: str, params: optax.Params | None) -> None:
+  """Raises where the parameters are needed and missing."""
+  if params is None:
+    raise ValueError(
+      f'{who} needs the parameters, but was given none: call '
+      'update(grads, state, params, ...)'
+    )
 
 
 def other_extras(extra_args: dict[str, Any]) -> dict[str, Any]:
@@ -139,24 +146,21 @@ def scalar_value(who: str, extra_args: dict[str, Any]) -> jax.Array | None:
   value = extra_args.get('value')
   if value is None:
     return None
-  if not isinstance(value, (numbers.Real, jax.Array)) and not hasattr(
-    value, 'dtype'
-  ):
+  got = repr(value)
+  try:
+    given = jnp.asarray(value)
+    got = f'shape {given.shape} and dtype {given.dtype}'
+    real = any(
+      jnp.issubdtype(given.dtype, kind) for kind in (jnp.integer, jnp.floating)
+    )
+  except (TypeError, ValueError):
+    real = False
+  if not real or given.shape != ():
     raise ValueError(
       f'{who} needs `value` to be a real scalar (the loss of the batch), got '
-      f'{type(value).__name__}; pass value=loss to update'
+      f'{got}; pass value=loss to update'
     )
-  shape, dtype = jnp.shape(value), jnp.result_type(value)
-  if (
-    shape != ()
-    or not jnp.issubdtype(dtype, jnp.number)
-    or jnp.issubdtype(dtype, jnp.complexfloating)
-  ):
-    raise ValueError(
-      f'{who} needs `value` to be a real scalar (the loss of the batch), got '
-      f'shape {shape} and dtype {dtype}; pass its mean, value=losses.mean()'
-    )
-  return jnp.asarray(value, score_dtype())
+  return given.astype(score_dtype())
 
 
 def score_dtype():
@@ -166,12 +170,15 @@ def score_dtype():
 
 def abstract(tree: Any) -> Any:
   """Shapes and dtypes of a tree of arrays, as JAX will hold them."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      jnp.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-    ),
-    tree,
-  )
+  try:
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        jnp.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+      ),
+      tree,
+    )
+  except TypeError as e:
+    raise ValueError(f'a batch must be a pytree of arrays, got {tree!r}') from e
 
 
 def checked_batch(who: str, extra_args: dict[str, Any], batch_like: Any) -> Any:

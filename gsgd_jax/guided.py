@@ -135,7 +135,8 @@ def guided(
       the compiled program; large data belong in the batch.
     window: Updates in a window, :math:`\rho` (the paper's delay tolerance), at
       least 1. With ``optax.inject_hyperparams`` name ``window``, ``replays``,
-      ``revisit``, ``average_scores`` and ``seed`` in ``static_args``.
+      ``revisit``, ``average_scores``, ``seed``, ``loss_fn`` and ``batch_like``
+      in ``static_args``.
     replays: The most batches replayed a window, from 0 to ``window``. ``None``
       is ``min(4, window // 2)``; 0 is plain ``inner``.
     revisit: How many of the last batches to score anew: ``None`` for all, or
@@ -201,6 +202,10 @@ def guided(
   if revisit is not None:
     revisit = _protocol.positive_int('revisit', revisit, minimum=0)
   _protocol.one_of('select', select, _SELECT)
+  if loss_fn is not None and not callable(loss_fn):
+    raise ValueError(
+      f'loss_fn must be a function of (params, batch) or None, got {loss_fn!r}'
+    )
   if loss_fn is None and revisit != 0:
     raise ValueError(
       f'revisit={revisit} takes losses anew and needs a loss_fn, got none; '
@@ -249,14 +254,17 @@ def guided(
   def update_fn(updates, state, params=None, **extra_args):
     value = _protocol.scalar_value('guided', extra_args)
     if value is None:
-      raise _protocol.missing('guided', 'value', 'pass value=loss to update')
+      raise _protocol.missing(
+        'guided',
+        'value',
+        'pass value=loss to update (delayed with a tree of delays has no '
+        'single one to forward)',
+      )
     batch = None
     if batch_like is not None:
       batch = _protocol.checked_batch('guided', extra_args, batch_like)
-    if loss_fn is not None and params is None:
-      raise _protocol.missing(
-        'guided', 'params', 'pass the current parameters to update'
-      )
+    if loss_fn is not None:
+      _protocol.required_params('guided', params)
     new_updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
     )

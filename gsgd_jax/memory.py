@@ -36,9 +36,16 @@ def state_memory(
     4 MB of momentum
   """
   state = jax.eval_shape(tx.init, params)
+  like_params = jax.tree.structure(params)
+  parts = jax.tree_util.tree_leaves_with_path(
+    state, is_leaf=lambda x: jax.tree.structure(x) == like_params
+  )
   memory: dict[str, int] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    size = math.prod(leaf.shape) * leaf.dtype.itemsize
+  for path, part in parts:
+    size = sum(
+      math.prod(leaf.shape) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(part)
+    )
     if size:
       name = _name(path)
       memory[name] = memory.get(name, 0) + size
@@ -46,9 +53,9 @@ def state_memory(
 
 
 def _name(path):
-  """The path down to the last named field: what is below is the user's tree."""
+  """The path down to the last named field: below are the user's own trees."""
   fields = [
     i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)
   ]
   end = fields[-1] + 1 if fields else len(path)
-  return jax.tree_util.keystr(path[:end]).removeprefix('.')
+  return jax.tree_util.keystr(path[:end]).removeprefix('.') or 'state'

@@ -17,6 +17,7 @@ from gsgd_jax import experiment
 
 _PACKAGES = ('gsgd_jax', 'jax', 'jaxlib', 'optax', 'flax', 'numpy')
 _LEVEL = 0.95
+_FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
 _COLOURS = ('#000000', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
 _DASHES = ('-', '-', '-', '--', '-.', ':')
@@ -234,7 +235,7 @@ def draw(
   )
   left.set(xlabel='updates', ylabel='test accuracy, %')
   right.set(xlabel='updates', yscale='log')
-  right.set(ylabel='training loss (geometric mean)')
+  right.set(ylabel=f'training loss (geometric mean; floor {_FLOOR:g})')
   for i, (name, history) in enumerate(histories.items()):
     style = dict(
       color=_COLOURS[i % len(_COLOURS)],
@@ -261,7 +262,7 @@ def _band(axes, updates, values, style):
   """Mean and interval; on a logarithmic axis, of the logarithms."""
   logarithmic = axes.get_yscale() == 'log'
   if logarithmic:
-    values = np.log(np.maximum(values, np.finfo(np.float32).tiny))
+    values = np.log(np.maximum(values, _FLOOR))
   intervals = [interval(v) for v in values]
   mean = np.array([i.mean for i in intervals])
   half = np.array([i.half_width or 0.0 for i in intervals])

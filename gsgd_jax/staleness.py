@@ -20,8 +20,6 @@ import optax
 from gsgd_jax import _protocol, _ring
 from gsgd_jax.arrivals import ArrivalProcess, round_robin
 
-_SUPPLY_PARAMS = 'pass the current parameters, update(grads, state, params)'
-
 
 class InFlight(NamedTuple):
   """Packets under way: every leaf has a leading axis of workers."""
@@ -184,8 +182,8 @@ def _server(
 
   def packet_of_call(state, params, extra_args):
     """What the caller's gradient carries, without the gradient."""
-    if keep_params and params is None:
-      raise _protocol.missing(who, 'params', _SUPPLY_PARAMS)
+    if keep_params:
+      _protocol.required_params(who, params)
     value = _protocol.scalar_value(who, extra_args)
     batch = None
     if batch_like is not None:
@@ -440,8 +438,8 @@ def _delayed_leaves(inner, delay, keep_params):
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    if keep_params and params is None:
-      raise _protocol.missing('delayed', 'params', _SUPPLY_PARAMS)
+    if keep_params:
+      _protocol.required_params('delayed', params)
     count, delays = state.count, delays_of(updates)
     in_flight, arrived = through_rings(state.in_flight, updates, delays, count)
     extras = _protocol.other_extras(extra_args)
@@ -587,8 +585,8 @@ def _synchronous_sequential(inner, workers, batch_like):
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    if params is None and not alone:
-      raise _protocol.missing('synchronous', 'params', _SUPPLY_PARAMS)
+    if not alone:
+      _protocol.required_params('synchronous', params)
     _protocol.scalar_value('synchronous', extra_args)
     if batch_like is not None:
       _protocol.checked_batch('synchronous', extra_args, batch_like)

@@ -1,11 +1,14 @@
-"""Strict by default: float64, no silent promotion, warnings are errors."""
+"""Strict: float64, no silent promotion; and warnings are errors (pyproject)."""
 
 import hypothesis
 import jax
+import pytest
 
-jax.config.update('jax_enable_x64', True)
-jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
+_STRICT = {
+  'jax_enable_x64': True,
+  'jax_numpy_rank_promotion': 'raise',
+  'jax_numpy_dtype_promotion': 'strict',
+}
 
 hypothesis.settings.register_profile(
   'default',
@@ -15,3 +18,14 @@ hypothesis.settings.register_profile(
   suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile('default')
+
+
+@pytest.fixture(autouse=True)
+def strict():
+  """For these tests; the package's doctests run as users run them."""
+  before = {name: getattr(jax.config, name) for name in _STRICT}
+  for name, value in _STRICT.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)

@@ -215,6 +215,8 @@ def test_scores_by_hand():
   state = step(1.0, 3.0)
   assert state.average_error == 3 and state.window.scores[0] == 0
   assert step(1.0, 2.0).window.scores[0] == 2
+  # V stays at 2, which is no help: -(2 - 1) for both batches.
+  assert step(1.0, 2.0).window.scores[:2].tolist() == [1, -1]
 
 
 def test_scores_by_hand_in_the_convolutional_variant():

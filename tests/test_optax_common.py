@@ -1,0 +1,156 @@
+"""optax's own tests for contributed optimizers, on our transformations.
+
+They ship with optax. Each looks its optimizer up by name in `optax.contrib`,
+so ours take the place of one: `momo`, which they give a `value`.
+"""
+
+import unittest
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+import pytest
+
+import gsgd_jax
+
+common = pytest.importorskip('optax.contrib._common_test')
+
+NAME = 'momo'
+BASE = dict(sgd=optax.sgd, adam=optax.adam)
+# Steps of SGD that are stable on each target under a delay of 3.
+TARGETS = {
+  '_setup_parabola': 1e-2,
+  '_setup_rosenbrock': 3e-4,
+  '_setup_matrix_parabola': 1e-2,
+  '_setup_mixed_tensor_target': 1e-2,
+}
+
+
+@pytest.fixture(autouse=True)
+def settings_of_optax():
+  """JAX's standard settings, which optax's tests are written for."""
+  # Not `jax.enable_x64`: a test of optax sets the global value itself.
+  strict = jax.config.jax_enable_x64
+  jax.config.update('jax_enable_x64', False)
+  with (
+    jax.numpy_rank_promotion('allow'),
+    jax.numpy_dtype_promotion('standard'),
+  ):
+    yield
+  jax.config.update('jax_enable_x64', strict)
+
+
+def distance(params, batch):
+  leaves = jax.tree.leaves(params)
+  return sum(jnp.mean((p - batch.astype(p.dtype)) ** 2) for p in leaves)
+
+
+def with_batch(tx, batch):
+  """Adds a batch to the extra arguments."""
+
+  def update(updates, state, params=None, **extra_args):
+    return tx.update(updates, state, params, batch=batch, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def guided_with_loss(tx):
+  batch = jnp.array([0.5], jnp.float32)
+  tx = gsgd_jax.guided(
+    tx, distance, window=2, replays=1, revisit=None, batch_like=batch
+  )
+  return with_batch(tx, batch)
+
+
+WRAPPERS = {
+  'guided': lambda tx: gsgd_jax.guided(tx, window=4),
+  'asynchronous': lambda tx: gsgd_jax.asynchronous(tx, workers=4),
+  'delayed': lambda tx: gsgd_jax.delayed(tx, 3),
+  'synchronous': lambda tx: gsgd_jax.synchronous(tx, workers=4),
+}
+ALL_WRAPPERS = WRAPPERS | {
+  'guided with loss_fn': guided_with_loss,
+  'asynchronous with everything': lambda tx: gsgd_jax.asynchronous(
+    tx, workers=3, keep_params=True, worker_transform=optax.trace(0.9)
+  ),
+  'mean': lambda tx: gsgd_jax.synchronous(tx, workers=3, combine='mean'),
+}
+
+
+def factory_of(base, wrap):
+  """A factory as optax has them; the learning rate alone is injectable."""
+
+  def factory(learning_rate: optax.ScalarOrSchedule):
+    return wrap(BASE[base](learning_rate))
+
+  return factory
+
+
+def run(test, base, wrapper, learning_rate=1e-2, **case):
+  """Runs one of optax's tests, which must not skip itself."""
+  parametrised = getattr(common.ContribTest, test + '0', None)
+  if not hasattr(parametrised, '__wrapped__'):
+    pytest.skip(f'this optax has no {test} that takes its case as arguments')
+  factory = factory_of(base, ALL_WRAPPERS[wrapper])
+  with mock.patch.object(optax.contrib, NAME, factory, create=True):
+    try:
+      parametrised.__wrapped__(
+        common.ContribTest(),
+        opt_name=NAME,
+        opt_kwargs=dict(learning_rate=learning_rate),
+        wrapper_name=None,
+        wrapper_kwargs=None,
+        **case,
+      )
+    except unittest.SkipTest as e:
+      pytest.fail(f'{test} skipped itself: {e}')
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_converges(wrapper, target):
+  run(
+    'test_optimizers',
+    'sgd',
+    wrapper,
+    TARGETS[target],
+    target=getattr(common, target),
+    dtype='float32',
+  )
+
+
+@pytest.mark.parametrize('wrapper', ALL_WRAPPERS)
+@pytest.mark.parametrize('base', BASE)
+class TestEverything:
+  """The cheap tests of optax."""
+
+  def test_accepts_extra_args(self, base, wrapper):
+    test = 'test_optimizers_accept_extra_args'
+    run(test, base, wrapper, learning_rate=1e-4, wrap=False)
+
+  def test_inject_hyperparams(self, base, wrapper):
+    test = 'test_optimizers_can_be_wrapped_in_inject_hyperparams'
+    run(test, base, wrapper)
+
+  @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+  def test_preserves_dtype(self, base, wrapper, dtype):
+    run('test_preserve_dtype', base, wrapper, dtype=dtype)
+
+  @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+  def test_accumulates_gradients(self, base, wrapper, dtype):
+    run('test_gradient_accumulation', base, wrapper, dtype=dtype)
+
+  @pytest.mark.parametrize(
+    'dtype', ['float16', 'bfloat16', 'float32', 'float64']
+  )
+  def test_stable_state(self, base, wrapper, dtype):
+    test = 'test_state_shape_dtype_shard_stability'
+    run(test, base, wrapper, dtype=getattr(jnp, dtype))
+
+  def test_learning_rate_schedule(self, base, wrapper):
+    test = (
+      'test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such'
+    )
+    run(test, base, wrapper)

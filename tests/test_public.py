@@ -1,0 +1,95 @@
+"""What `import gsgd_jax` offers, and that all of it is documented."""
+
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+import gsgd_jax
+
+DEPENDENCIES = {'jax', 'jaxlib', 'numpy', 'optax'}
+
+
+def section(name, title):
+  """The text of one section of a public docstring, or None."""
+  doc = inspect.getdoc(getattr(gsgd_jax, name))
+  found = re.search(rf'^{title}:\n((?:  .*\n|\n)+)', doc + '\n', re.MULTILINE)
+  return found and found[1]
+
+
+def entries(text):
+  """The names that a section of arguments or attributes explains."""
+  return re.findall(r'^  (\w+): ', text, re.MULTILINE)
+
+
+def functions():
+  return [
+    n for n in gsgd_jax.__all__ if inspect.isfunction(getattr(gsgd_jax, n))
+  ]
+
+
+def test_all_is_what_there_is():
+  public = [
+    name
+    for name, thing in vars(gsgd_jax).items()
+    if not name.startswith('_') and not isinstance(thing, types.ModuleType)
+  ]
+  assert sorted(public) == gsgd_jax.__all__
+
+
+def test_version():
+  assert re.fullmatch(r'\d+\.\d+\.\d+(\.?\w+)?', gsgd_jax.__version__)
+
+
+@pytest.mark.parametrize('name', gsgd_jax.__all__)
+def test_summary_and_example(name):
+  summary, *_ = inspect.getdoc(getattr(gsgd_jax, name)).splitlines()
+  assert summary.endswith('.') or '...' in summary
+  assert '>>> ' in section(name, 'Examples')
+  assert 'gsgd_jax.' in section(name, 'Examples')
+
+
+@pytest.mark.parametrize('name', functions())
+def test_arguments_and_results(name):
+  parameters = list(inspect.signature(getattr(gsgd_jax, name)).parameters)
+  if parameters:
+    assert entries(section(name, 'Args')) == parameters
+  else:
+    assert section(name, 'Args') is None
+  assert section(name, 'Returns').strip()
+
+
+@pytest.mark.parametrize('name', functions())
+def test_signature_is_typed(name):
+  signature = inspect.signature(getattr(gsgd_jax, name))
+  assert signature.return_annotation is not signature.empty
+  for parameter in signature.parameters.values():
+    assert parameter.annotation is not parameter.empty, parameter
+
+
+@pytest.mark.parametrize('name', sorted({*gsgd_jax.__all__} - {*functions()}))
+def test_attributes(name):
+  fields = getattr(gsgd_jax, name)._fields
+  assert entries(section(name, 'Attributes')) == list(fields)
+
+
+def test_import_is_light():
+  """Of flax, absl, matplotlib and the like it imports nothing itself."""
+  program = (
+    'import sys, jax, numpy, optax; before = set(sys.modules); '
+    'import gsgd_jax; print(*(set(sys.modules) - before))'
+  )
+  run = subprocess.run(
+    [sys.executable, '-c', program],
+    capture_output=True,
+    check=True,
+    cwd=pathlib.Path(gsgd_jax.__file__).parents[1],
+    text=True,
+  )
+  imported = {name.partition('.')[0] for name in run.stdout.split()}
+  assert 'gsgd_jax' in imported
+  assert imported - sys.stdlib_module_names - DEPENDENCIES == {'gsgd_jax'}
