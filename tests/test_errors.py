@@ -159,9 +159,9 @@ def test_tree_of_delays_that_does_not_fit(delay):
 
 VALUES = {
   'shape': (np.ones([3]), r'shape \(3,\) and dtype float64; pass value='),
-  'shape of one': (jnp.ones([1]), r'shape \(1,\) and dtype float64'),
-  'complex array': (jnp.array(1j), r'shape \(\) and dtype complex128'),
-  'complex': (1j, r'shape \(\) and dtype complex128'),
+  'shape of one': (np.ones([1]), r'shape \(1,\) and dtype float64'),
+  'complex array': (np.array(1j), r'shape \(\) and dtype complex'),
+  'complex': (1j, r'shape \(\) and dtype complex'),
   'bool': (True, r'shape \(\) and dtype bool'),
   'string': ('0.5', "'0.5'; pass value=loss to update"),
   'array of strings': (np.array('x'), "array.'x'"),
