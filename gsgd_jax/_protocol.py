@@ -83,15 +83,27 @@ def worker_params(params: optax.Params, state: optax.OptState) -> optax.Params:
   found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, announcement))
   read = params
   for offset in (x for x in found if isinstance(x, ReadOffset)):
-    read = jax.tree.map(
+    read = _where_announced(
       lambda p, d, c=offset.scale: (p + c * d).astype(p.dtype),
       read,
       offset.tree,
     )
   # The outermost point wins, so it comes last.
   for point in (x for x in reversed(found) if isinstance(x, ReadPoint)):
-    read = optax.tree.where(point.active, point.params, read)
+    read = _where_announced(
+      lambda p, q, active=point.active: jnp.where(active, q, p),
+      read,
+      point.params,
+    )
   return read
+
+
+def _where_announced(fn, params, announced):
+  """`fn(params, announced)`, and `params` alone where a mask hides leaves."""
+  masked = lambda x: isinstance(x, optax.MaskedNode)
+  return jax.tree.map(
+    lambda a, p: p if masked(a) else fn(p, a), announced, params, is_leaf=masked
+  )
 
 
 def positive_int(name: str, given: Any, minimum: int = 1) -> int:
@@ -136,9 +148,15 @@ def required_params(who: str, params: optax.Params | None) -> None:
     )
 
 
-def other_extras(extra_args: dict[str, Any]) -> dict[str, Any]:
-  """The extras that do not belong to the packet they came with."""
-  return {k: v for k, v in extra_args.items() if k not in PACKET}
+def other_extras(
+  extra_args: dict[str, Any], gradient: optax.Updates
+) -> dict[str, Any]:
+  """The extras that do not belong to the packet they came with.
+
+  optax's own `grad` does: where it is given it becomes this packet's gradient.
+  """
+  others = {k: v for k, v in extra_args.items() if k not in PACKET}
+  return others | ({'grad': gradient} if 'grad' in others else {})
 
 
 def scalar_value(who: str, extra_args: dict[str, Any]) -> jax.Array | None:
@@ -172,13 +190,17 @@ def abstract(tree: Any) -> Any:
   """Shapes and dtypes of a tree of arrays, as JAX will hold them."""
   try:
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        jnp.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-      ),
-      tree,
+      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _dtype_in_jax(x)), tree
     )
   except TypeError as e:
     raise ValueError(f'a batch must be a pytree of arrays, got {tree!r}') from e
+
+
+def _dtype_in_jax(x):
+  dtype = jnp.result_type(x)
+  if jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys.
+    return dtype
+  return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def checked_batch(who: str, extra_args: dict[str, Any], batch_like: Any) -> Any:

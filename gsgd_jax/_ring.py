@@ -30,11 +30,16 @@ def stack(tree: Any, slots: int) -> Any:
 
 
 def empty(like: Any, slots: int) -> Any:
-  """A ring of zeros for trees like `like` (arrays, or shapes and dtypes)."""
-  return jax.tree.map(
-    lambda x: jnp.zeros((slots,) + x.shape, x.dtype),
-    like,
-  )
+  """A ring of zeros for trees like `like` (shapes and dtypes)."""
+
+  def zeros(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # There is no zero key.
+      return jnp.broadcast_to(
+        jax.random.key(0, impl=x.dtype), (slots, *x.shape)
+      )
+    return jnp.zeros((slots, *x.shape), x.dtype)
+
+  return jax.tree.map(zeros, like)
 
 
 def write(ring: Any, slot: jax.Array, tree: Any) -> Any:

@@ -121,7 +121,9 @@ def guided(
   included) and no ``stale_params``.
 
   Place ``guided`` last in a chain: members before it see arriving gradients
-  only. It reads the extra arguments ``value`` (required), ``batch`` (required
+  only; and inside :func:`asynchronous`, not around it, so that replays are
+  applied at once. Under ``optax.masked`` the ``loss_fn`` would be given masked
+  parameters: mask ``inner`` instead. It reads the extra arguments ``value`` (required), ``batch`` (required
   with ``batch_like``), ``verification`` (optional), ``worker`` and
   ``staleness``, and forwards all of them. A learning-rate schedule inside
   ``inner`` counts replays too; drive it by the arrival count where it should
@@ -367,7 +369,7 @@ def _scored(rule, state, window, params, average, value):
 
     def take_anew(j, losses):
       loss = rule.loss(params, _ring.read(window.batches, j))
-      return losses.at[j].set(loss)
+      return _ring.write(losses, j, loss)
 
     losses = lax.fori_loop(first, position, take_anew, losses)
   scoring = known & (first <= positions) & (positions < position)
@@ -387,7 +389,7 @@ def _scored(rule, state, window, params, average, value):
     scores=jnp.where(scoring, scores + gains, scores),
     collected=collected,
     losses=losses,
-    surprises=window.surprises.at[position].set(surprise),
+    surprises=_ring.write(window.surprises, position, surprise),
   )
 
 
@@ -412,7 +414,6 @@ def _replay(
   rule, tx, through_inner, window, order, number, params, carry, extra_args
 ):
   """Replays `number` batches; `carry` is (updates, inner's and tx's state)."""
-  others = _protocol.other_extras(extra_args)
 
   def fresh(position, params, inner_state):
     batch = _ring.read(window.batches, position)
@@ -447,7 +448,7 @@ def _replay(
       _ring.cast_like(grads, updates),
       inner_state if through_inner else replay_state,
       at,
-      **others,
+      **_protocol.other_extras(extra_args, grads),
       **packet,
     )
     updates = jax.tree.map(lambda u, s: u + s.astype(u.dtype), updates, step)

@@ -193,13 +193,15 @@ def _server(
       read = _protocol.worker_params(params, state.inner_state)
     return value, batch, read
 
-  def extras(extra_args, value, batch, staleness, worker, stale_params):
+  def extras(
+    extra_args, gradient, value, batch, staleness, worker, stale_params
+  ):
     packet = dict(value=value, batch=batch, stale_params=stale_params)
     packet = {k: v for k, v in packet.items() if v is not None}
     if who == 'asynchronous':
       packet['worker'] = worker
     return {
-      **_protocol.other_extras(extra_args),
+      **_protocol.other_extras(extra_args, gradient),
       **packet,
       'staleness': staleness,
     }
@@ -215,6 +217,7 @@ def _server(
       params,
       **extras(
         extra_args,
+        transformed,
         extra_args.get('value'),
         extra_args.get('batch'),
         jnp.zeros([], jnp.int32),
@@ -249,6 +252,7 @@ def _server(
     arrived = _ring.read(in_flight, worker)
     packet = extras(
       extra_args,
+      arrived.updates,
       None if value is None else arrived.value,
       arrived.batch,
       state.version - state.read_at[worker],
@@ -270,7 +274,7 @@ def _server(
       count=optax.safe_increment(state.count),
       version=version,
       worker=jnp.where(filled, worker, state.worker + 1),
-      read_at=state.read_at.at[worker].set(version),
+      read_at=_ring.write(state.read_at, worker, version),
       arrivals=optax.tree.where(filled, arrivals_state, state.arrivals),
       in_flight=in_flight,
       worker_state=worker_state,
@@ -442,7 +446,7 @@ def _delayed_leaves(inner, delay, keep_params):
       _protocol.required_params('delayed', params)
     count, delays = state.count, delays_of(updates)
     in_flight, arrived = through_rings(state.in_flight, updates, delays, count)
-    extras = _protocol.other_extras(extra_args)
+    extras = _protocol.other_extras(extra_args, arrived)
     version = jnp.maximum(count - first, 0)
     extras['staleness'] = jax.tree.map(
       lambda d: version - jnp.maximum(count - d - first, 0), delays
@@ -524,8 +528,8 @@ def synchronous(
 
   ``'mean'`` (the usual synchronous SGD): calls collect and return zero updates
   until the round ends; then ``inner`` is given the mean gradient, the mean
-  ``value``, ``staleness`` 0 and, with ``batch_like``, the N batches as one
-  (joined along their first axis).
+  ``value``, ``staleness`` 0 and, with ``batch_like``, the N batches as one:
+  joined along their first axis, scalars stacked, of typed PRNG keys the first.
 
   Args:
     inner: Any optax transformation.
@@ -639,7 +643,8 @@ def _synchronous_mean(inner, workers, batch_like):
       + (0 if value is None else value),
       batch=_ring.write(state.sums.batch, state.count, batch),
     )
-    extras = _protocol.other_extras(extra_args)
+    mean = _ring.cast_like(optax.tree.scale(1 / workers, sums.updates), updates)
+    extras = _protocol.other_extras(extra_args, mean)
     extras['staleness'] = jnp.zeros([], jnp.int32)
     if params is not None:
       extras['stale_params'] = _protocol.worker_params(
@@ -654,9 +659,8 @@ def _synchronous_mean(inner, workers, batch_like):
       mean, inner_state = carry
       return inner.update(mean, inner_state, params, **extras)
 
-    mean = optax.tree.scale(1 / workers, sums.updates)
     new_updates, inner_state = _ring.applied_when(
-      last, apply, (_ring.cast_like(mean, updates), state.inner_state)
+      last, apply, (mean, state.inner_state)
     )
     return new_updates, SynchronousState(
       count=(state.count + 1) % workers,
@@ -670,6 +674,8 @@ def _synchronous_mean(inner, workers, batch_like):
 
 def _join(stacked):
   """N arrays of shape (B, ...), stacked, as one of shape (N * B, ...)."""
+  if jnp.issubdtype(stacked.dtype, jax.dtypes.prng_key):
+    return stacked[0]
   if stacked.ndim == 1:
     return stacked
-  return stacked.reshape((-1,) + stacked.shape[2:])
+  return stacked.reshape((-1, *stacked.shape[2:]))
