@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 
 import contextlib
 import datetime
+import os
 import pathlib
 import sys
 
@@ -24,9 +25,6 @@ def _bad_input():
   """Turns what a user can mend into one sentence and exit code 2."""
   try:
     yield
-  except AttributeError as e:  # How ml_collections says it.
-    reason = e.args[0].args[0] if isinstance(e.args[0], KeyError) else str(e)
-    _fail('the config has no setting ' + '. '.join(reason.splitlines()))
   except OSError as e:
     reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
     _fail(reason.strip().splitlines()[-1])
@@ -34,12 +32,27 @@ def _bad_input():
     _fail(str(e).strip().splitlines()[0])
 
 
+@contextlib.contextmanager
+def _bad_config():
+  """The same where a config file, any Python, is loaded."""
+  try:
+    with _bad_input():
+      yield
+  except AttributeError as e:
+    if isinstance(e.args[0], KeyError):  # How ml_collections says it.
+      reason = '. '.join(e.args[0].args[0].splitlines())
+      _fail(f'the config has no setting {reason}')
+    _fail(f'cannot load the config: {e}')
+  except Exception as e:
+    _fail(f'cannot load the config: {type(e).__name__}: {e}')
+
+
 def _fail(sentence):
   print(f'train.py: {sentence.strip()}', file=sys.stderr)
   sys.exit(2)
 
 
-with _bad_input():  # ml_collections reads the command line here.
+with _bad_config():  # ml_collections reads the command line here.
   _CONFIG = config_flags.DEFINE_config_file(
     'config',
     str(_DEFAULT),
@@ -62,13 +75,13 @@ def main(argv):
     if len(argv) > 1:
       raise ValueError(f'unexpected argument {argv[1]!r}; options begin with -')
     experiment.check(config)
-    workdir = _make_workdir(report)
+    workdir, fresh = _make_workdir(report)
   print(f'writing to {workdir}', flush=True)
   try:
     histories = _train(experiment, config)
   except BaseException:
-    with contextlib.suppress(OSError):
-      workdir.rmdir()  # Succeeds where it is empty.
+    if fresh:
+      workdir.rmdir()  # Nothing was written.
     raise
   print('\n' + report.table(histories) + '\n')
   print('\n'.join(report.sentences(config, histories)))
@@ -94,18 +107,21 @@ def _make_workdir(report):
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     config_file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = pathlib.Path(config_file).stem
-    return report.new_workdir(pathlib.Path('runs'), name, now)
+    return report.new_workdir(pathlib.Path('runs'), name, now), True
+  if not _WORKDIR.value:
+    raise ValueError('workdir must name a folder, got an empty name')
   workdir = pathlib.Path(_WORKDIR.value)
   if (workdir / 'result.json').exists():
     raise ValueError(
       f'{workdir} already holds a run (result.json); give another --workdir'
     )
+  fresh = not workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
-  return workdir
+  return workdir, fresh
 
 
 def _parse(argv):
-  with _bad_input():
+  with _bad_config():
     return flags.FLAGS(argv)
 
 
@@ -113,8 +129,8 @@ def _run(argv):
   try:
     main(argv)
   except KeyboardInterrupt:
-    print('train.py: interrupted', file=sys.stderr)
-    sys.exit(130)
+    print('train.py: interrupted', file=sys.stderr, flush=True)
+    os._exit(130)  # An ordinary exit may crash on what XLA still runs.
 
 
 if __name__ == '__main__':

@@ -46,8 +46,33 @@ class History(NamedTuple):
   test_accuracy: np.ndarray
 
 
+_POSITIVE = (
+  'batch_size',
+  'workers',
+  'seeds',
+  'updates',
+  'evaluate_every',
+  'window',
+)
+_SETTINGS = (
+  'dataset',
+  'model',
+  'hidden',
+  'methods',
+  'learning_rate',
+  'momentum',
+  'replays',
+  'revisit',
+  'verification',
+  'average_scores',
+)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises a ValueError that says what is wrong with a config, if anything."""
+  for name in (*_SETTINGS, *_POSITIVE):
+    if name not in config:
+      raise ValueError(f'the config lacks the setting {name}')
   _one_of('dataset', config.dataset, data.DATASETS)
   _one_of('model', config.model, ('mlp', 'softmax_regression'))
   if not config.methods:
@@ -56,12 +81,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     _one_of('methods', method, METHODS)
   if len(set(config.methods)) < len(config.methods):
     raise ValueError(f'methods must differ, got {list(config.methods)}')
-  positive = ('batch_size', 'workers', 'seeds', 'updates', 'evaluate_every')
-  for name in (*positive, 'window'):
+  for name in _POSITIVE:
     if config[name] < 1:
       raise ValueError(f'{name} must be at least 1, got {config[name]}')
-  if any(units < 1 for units in config.hidden):
-    raise ValueError(f'hidden must be positive, got {list(config.hidden)}')
+  if any(not isinstance(n, int) or n < 1 for n in config.hidden):
+    raise ValueError(
+      f'hidden must hold positive integers, got {list(config.hidden)}'
+    )
   if not (0 <= config.learning_rate < math.inf):
     raise ValueError(
       f'learning_rate must be finite and not negative, got '
@@ -196,7 +222,7 @@ def _chunks(config) -> Iterator[int]:
 def _rows(config, method, datasets, first_call, length, filling):
   """Batches by call, verification samples by update; padded to one length."""
   examples = len(datasets[0].train.labels)
-  padded = config.evaluate_every + filling
+  padded = min(config.evaluate_every, config.updates) + filling
 
   def stack(rows_of, size, offset):
     rows = np.zeros([config.seeds, padded, size], np.int32)

@@ -123,11 +123,12 @@ def guided(
   Place ``guided`` last in a chain: members before it see arriving gradients
   only; and inside :func:`asynchronous`, not around it, so that replays are
   applied at once. Under ``optax.masked`` the ``loss_fn`` would be given masked
-  parameters: mask ``inner`` instead. It reads the extra arguments ``value`` (required), ``batch`` (required
-  with ``batch_like``), ``verification`` (optional), ``worker`` and
-  ``staleness``, and forwards all of them. A learning-rate schedule inside
-  ``inner`` counts replays too; drive it by the arrival count where it should
-  not.
+  parameters: mask ``inner`` instead.
+
+  It reads the extra arguments ``value`` (required), ``batch`` (required with
+  ``batch_like``), ``verification`` (optional), ``worker`` and ``staleness``,
+  and forwards all of them. A learning-rate schedule inside ``inner`` counts
+  replays too; drive it by the arrival count where it should not.
 
   Args:
     inner: The optimizer, any optax transformation.

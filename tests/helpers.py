@@ -205,15 +205,15 @@ inner_names = st.sampled_from(sorted(INNERS))
 # The library's run.
 
 
-def run(tx, problem, mode, *, verification_from=None):
+def run(tx, problem, mode, *, verification_at=None):
   """Runs `tx` on every seed of a problem.
 
   Args:
     tx: A transformation.
     problem: A `Problem`.
     mode: 'jit' (a jitted call per step), 'scan', or 'vmap' (of a scan).
-    verification_from: The first call with a verification batch that counts, or
-      None to pass none.
+    verification_at: A function from a call's number to the number of the
+      verification batch that it is given, or None to give none.
 
   Returns:
     For every seed, the flat parameters after every call, the states after
@@ -239,10 +239,10 @@ def run(tx, problem, mode, *, verification_from=None):
     batches = jax.tree.map(lambda x: x[seed], problem.batches)
     calls = batches[0].shape[0]
     verification = None
-    if verification_from is not None:
+    if verification_at is not None:
+      numbers = [verification_at(t) % calls for t in range(calls)]
       verification = jax.tree.map(
-        lambda x: np.roll(x[seed], verification_from, axis=0),
-        problem.verification,
+        lambda x: x[seed][numbers], problem.verification
       )
     return np.arange(calls), batches, verification
 

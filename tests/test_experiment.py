@@ -181,12 +181,20 @@ def test_both_configs_say_how_they_are_run():
     (dict(learning_rate=-0.1), 'learning_rate must be finite'),
     (dict(learning_rate=float('nan')), 'learning_rate must be finite'),
     (dict(momentum=1.0), r'momentum must be in \[0, 1\)'),
-    (dict(hidden=(0,)), 'hidden must be positive'),
+    (dict(hidden=(0,)), 'hidden must hold positive integers'),
+    (dict(hidden=(6.5,)), 'hidden must hold positive integers'),
   ],
 )
 def test_bad_configs(setting, message):
   with pytest.raises(ValueError, match=message):
     experiment.run(load_config('default', **{**SHORT, **setting}))
+
+
+def test_a_config_that_lacks_a_setting():
+  config = load_config('default')
+  del config.evaluate_every
+  with pytest.raises(ValueError, match='lacks the setting evaluate_every'):
+    experiment.check(config)
 
 
 def histories_of(accuracies, losses=None):

@@ -2,6 +2,7 @@
 
 import math
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,28 +27,50 @@ def draw_with(seed, window):
   return draw
 
 
+# The dial of `guided`: every setting is compared with the oracle.
+DIAL = {
+  'exact': dict(revisit=None, verified=True),
+  'exact re-scoring, running mean': dict(revisit=None),
+  'revisit 2': dict(revisit=2, verified=True),
+  'convolutional': dict(revisit=2, verified=True, average_scores=True),
+  'averaged, running mean': dict(average_scores=True),
+  'verification, no re-scoring': dict(verified=True),
+  'free scoring': dict(),
+  'stored gradients': dict(stored=True),
+}
+
+
 @st.composite
 def settings(draw):
-  """The dial of `guided`."""
-  window = draw(st.integers(1, 9))
-  stored = draw(st.integers(0, 4)) == 0
+  """What is not on the dial."""
+  window = draw(st.integers(2, 7))
   return dict(
     window=window,
-    replays=draw(st.none() | st.integers(0, window)),
+    replays=draw(st.none() | st.integers(1, window)),
     select=draw(st.sampled_from(SELECT)),
-    average_scores=draw(st.booleans()),
-    revisit=0 if stored else draw(st.none() | st.integers(0, window + 1)),
-    stored=stored,
-    verified=not stored and draw(st.booleans()),
-    replay_with=draw(st.sampled_from([None, 'sgd', 'heavy ball'])),
+    replay_with=draw(st.sampled_from([None, None, 'sgd', 'look ahead'])),
   )
 
 
-def build(problem, inner, setting, seed):
+long_problems = st.builds(
+  helpers.make_problem,
+  kind=st.sampled_from(['quadratic', 'logistic']),
+  size=st.integers(2, 6),
+  examples=st.integers(1, 4),
+  calls=st.integers(25, 45),
+  seed=st.integers(0, 2**30),
+  seeds=st.just(2),
+)
+
+
+def build(problem, inner, dial, setting, seed, batch_like=None):
   """The same guided SGD for either side."""
-  setting = dict(setting)
-  stored, verified = setting.pop('stored'), setting.pop('verified')
+  setting = dict(revisit=0) | DIAL[dial] | setting
+  stored = setting.pop('stored', False)
+  verified = setting.pop('verified', False)
   replay_with = setting.pop('replay_with')
+  if not stored and batch_like is None:
+    batch_like = problem.batch_like
 
   def oracle(verification):
     return reference.Guided(
@@ -64,7 +87,7 @@ def build(problem, inner, setting, seed):
     helpers.INNERS[inner].library,
     None if stored else problem.loss_fn,
     replay_with=replay_with and helpers.INNERS[replay_with].library,
-    batch_like=None if stored else problem.batch_like,
+    batch_like=None if stored else batch_like,
     seed=seed,
     **setting,
   )
@@ -98,17 +121,19 @@ def set_aside_ties(oracle):
   assume(all(margin > 1e-7 for margin in oracle.margins))
 
 
+@pytest.mark.parametrize('dial', DIAL)
+@hypothesis.settings(max_examples=6)
 @given(
-  problem=helpers.problems,
+  problem=long_problems,
   inner=st.sampled_from(['sgd', 'heavy ball', 'nesterov', 'adam']),
   setting=settings(),
   seed=st.integers(0, 100),
   mode=helpers.modes,
 )
-def test_guided(problem, inner, setting, seed, mode):
-  oracle_of, tx, verified = build(problem, inner, setting, seed)
+def test_guided(dial, problem, inner, setting, seed, mode):
+  oracle_of, tx, verified = build(problem, inner, dial, setting, seed)
   outs = helpers.run(
-    tx, problem, mode, verification_from=0 if verified else None
+    tx, problem, mode, verification_at=(lambda t: t) if verified else None
   )
   for s, (flat, state) in enumerate(outs):
     start, batches, verification = problem.of_seed(s)
@@ -117,62 +142,87 @@ def test_guided(problem, inner, setting, seed, mode):
       start, oracle, problem.loss, problem.gradient, 1, batches
     )
     set_aside_ties(oracle)
+    assert any(oracle.replayed)
     helpers.assert_trajectory(flat, expected)
     assert_same_guidance(oracle, state, len(batches))
 
 
+# How a transformation is made around `guided`; the number of the update that a
+# call brings; the call of an update.
+PARALLEL = {
+  'asynchronous': (
+    lambda tx, n, like: gsgd_jax.asynchronous(
+      tx, n, batch_like=like, keep_params=True
+    ),
+    lambda t, n: t - (n - 1),
+  ),
+  'delayed': (
+    lambda tx, n, like: gsgd_jax.delayed(
+      tx, n - 1, batch_like=like, keep_params=True
+    ),
+    lambda t, n: t - (n - 1),
+  ),
+  'sequential': (
+    lambda tx, n, like: gsgd_jax.synchronous(tx, n),
+    lambda t, n: t,
+  ),
+  'mean': (
+    lambda tx, n, like: gsgd_jax.synchronous(
+      tx, n, combine='mean', batch_like=like
+    ),
+    lambda t, n: t // n,
+  ),
+}
+
+
+@pytest.mark.parametrize('dial', DIAL)
+@hypothesis.settings(max_examples=7)
 @given(
-  problem=helpers.problems,
+  problem=long_problems,
   inner=helpers.inner_names,
   setting=settings(),
-  workers=st.integers(2, 6),
-  parallel=st.sampled_from(['asynchronous', 'sequential', 'delayed']),
+  workers=st.integers(2, 5),
+  parallel=st.sampled_from(sorted(PARALLEL)),
   seed=st.integers(0, 100),
   mode=helpers.modes,
 )
 def test_guided_under_staleness(
-  problem, inner, setting, workers, parallel, seed, mode
+  dial, problem, inner, setting, workers, parallel, seed, mode
 ):
-  assume(problem.batches[0].shape[1] >= workers)
-  if setting['stored']:
+  if dial == 'stored gradients':
     # A stored gradient has no stale_params to be compensated with.
     assume('stale_params' not in helpers.INNERS[inner].needs)
-  if setting['replay_with'] is None and parallel == 'delayed':
-    assume(inner != 'scaled')  # Nobody supplies `worker`.
-  oracle_of, guided, verified = build(problem, inner, setting, seed)
-  shift = 0 if parallel == 'sequential' else workers - 1
-  if parallel == 'asynchronous':
-    tx = gsgd_jax.asynchronous(
-      guided, workers, batch_like=problem.batch_like, keep_params=True
-    )
-  elif parallel == 'delayed':
-    tx = gsgd_jax.delayed(
-      guided, workers - 1, batch_like=problem.batch_like, keep_params=True
-    )
-  else:
-    tx = gsgd_jax.synchronous(guided, workers)
+  like = problem.batch_like
+  if parallel == 'mean':
+    like = jax.tree.map(lambda x: np.concatenate([x] * workers), like)
+  oracle_of, guided, verified = build(
+    problem, inner, dial, setting, seed, batch_like=like
+  )
+  make, update_of = PARALLEL[parallel]
   outs = helpers.run(
-    tx, problem, mode, verification_from=shift if verified else None
+    make(guided, workers, problem.batch_like),
+    problem,
+    mode,
+    verification_at=(lambda t: update_of(t, workers)) if verified else None,
   )
   for s, (flat, state) in enumerate(outs):
     start, batches, verification = problem.of_seed(s)
     oracle = oracle_of(verification)
-    run_oracle = (
-      reference.synchronous
-      if parallel == 'sequential'
-      else reference.asynchronous
-    )
-    expected, _ = run_oracle(
-      start, oracle, problem.loss, problem.gradient, workers, batches
-    )
+    arguments = (start, oracle, problem.loss, problem.gradient, workers)
+    if parallel in ('sequential', 'mean'):
+      expected, packets = reference.synchronous(
+        *arguments, batches, combine=parallel
+      )
+      calls = slice(0, len(expected))  # The oracle plays whole rounds only.
+    else:
+      expected, packets = reference.asynchronous(*arguments, batches)
+      calls = slice(workers - 1, None)
     set_aside_ties(oracle)
-    if parallel == 'sequential':
-      # The oracle plays whole rounds only.
-      flat = flat[: len(expected)]
-      state = jax.tree.map(lambda x, n=len(expected): x[:n], state)
-    helpers.assert_trajectory(flat[shift:], expected)
-    if expected:
-      assert_same_guidance(oracle, state.inner_state, len(expected))
+    helpers.assert_trajectory(flat[calls], expected)
+    state = jax.tree.map(lambda x, c=calls: x[c], state.inner_state)
+    if parallel == 'mean':  # Guided SGD sees the last call of every round.
+      state = jax.tree.map(lambda x: x[workers - 1 :: workers], state)
+    assert_same_guidance(oracle, state, len(packets))
 
 
 def one_window(**settings):
@@ -243,12 +293,7 @@ def test_scores_by_hand_with_free_scoring():
   np.testing.assert_allclose(state.window.surprises, [0, 2, 4.2])
 
 
-def test_equal_scores_go_to_the_earlier_batch():
-  step = one_window(window=5, replays=2, revisit=None)
-  for verification in (5.0, 4.0, 3.0, 2.0):
-    step(1.0, verification)
-  state = step(1.0, 2.0)
-  assert state.window.scores[2] > 0  # Batches 0 to 2 score; sums differ.
+def test_equal_ones_go_to_the_earlier_batch():
   step = one_window(window=4, replays=3, select='surprise', revisit=None)
   for verification in (5.0, 4.0, 4.0, 3.0):
     state = step(2.0 if verification > 3 else 1.0, verification)
@@ -278,7 +323,9 @@ def test_every_selection_replays_as_many_as_consistent(select):
         tx.update(*args, **kwargs)[1],
       ),
     )
-    ((_, state),) = helpers.run(frozen, problem, 'scan', verification_from=0)
+    ((_, state),) = helpers.run(
+      frozen, problem, 'scan', verification_at=lambda t: t
+    )
     return state.replayed[5::6]
 
   chosen, consistent = replayed(select), replayed('consistent')
@@ -427,3 +474,35 @@ def test_guided_state_can_be_donated():
   ):
     tx = gsgd_jax.guided(optax.sgd(0.1), window=2, **options)
     helpers.run(tx, problem, 'jit')  # Donates both from the first call.
+
+
+@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg', None])
+def test_randomness_travels_as_a_key_in_the_batch(impl):
+  key = jax.random.PRNGKey(3) if impl is None else jax.random.key(3, impl=impl)
+  batch = {'x': jnp.ones([3]), 'key': key}
+
+  def loss_fn(params, batch):
+    noise = jax.random.normal(batch['key'], (3,))
+    return jnp.mean((params[None] - batch['x'] - noise) ** 2)
+
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+  tx = gsgd_jax.asynchronous(
+    gsgd_jax.guided(
+      optax.sgd(0.1), loss_fn, window=2, revisit=None, batch_like=batch
+    ),
+    2,
+    batch_like=like,
+  )
+  params = jnp.zeros([])
+  state = tx.init(params)
+  for _ in range(6):
+    value, grads = jax.value_and_grad(loss_fn)(params, batch)
+    updates, state = jax.jit(tx.update)(
+      grads, state, params, value=value, batch=batch
+    )
+    params = optax.apply_updates(params, updates)
+  assert state.inner_state.gradient_evaluations > state.inner_state.count
+  with pytest.raises(ValueError, match='key'):
+    tx.update(
+      grads, state, params, value=value, batch=batch | {'key': jnp.ones([3])}
+    )

@@ -421,3 +421,77 @@ def test_rings_follow_the_parameters_sharding(explicit):
           assert jax.typeof(ring).sharding.spec == jax.P(None, 'x')
       updates, state = jax.jit(tx.update)(params, state, params)
   assert updates.sharding.spec == params.sharding.spec
+
+
+@pytest.mark.parametrize(
+  'tx, read',
+  [
+    (gsgd_jax.synchronous(optax.sgd(0.5), 3), 1.0),
+    (helpers.look_ahead(0.5, 2.0), -0.5),
+  ],
+  ids=['point', 'offset'],
+)
+def test_worker_params_sees_through_masks(tx, read):
+  tx = optax.masked(tx, {'first': True, 'rest': (False,)})
+  params = helpers.to_tree(jnp.ones([4]))
+  state = tx.init(params)
+  updates, state = tx.update(params, state, params)
+  params = optax.apply_updates(params, updates)
+  seen = gsgd_jax.worker_params(params, state)
+  assert seen['first'].tolist() == [read] * 2
+  assert seen['rest'][0].tolist() == params['rest'][0].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+  'wrap',
+  [
+    lambda tx: gsgd_jax.asynchronous(tx, 1),
+    lambda tx: gsgd_jax.asynchronous(tx, 3),
+    lambda tx: gsgd_jax.delayed(tx, 2),
+    lambda tx: gsgd_jax.delayed(tx, {'first': 2, 'rest': 1}),
+    lambda tx: gsgd_jax.synchronous(tx, 2, combine='mean'),
+    lambda tx: gsgd_jax.asynchronous(gsgd_jax.guided(tx, window=2), 3),
+  ],
+)
+def test_the_extra_grad_is_the_packets_gradient(wrap):
+  """optax's line searches are given the gradient once more, as `grad`."""
+
+  def update(updates, state, params=None, *, grad, **extra):
+    del params, extra
+    off = jax.tree.map(lambda u, g: jnp.max(jnp.abs(u - g)), updates, grad)
+    return updates, jnp.maximum(state, jnp.max(jnp.stack(jax.tree.leaves(off))))
+
+  inner = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.zeros([]), update
+  )
+  tx = wrap(inner)
+  params = helpers.to_tree(jnp.ones([4]))
+  state = tx.init(params)
+  for i in range(7):
+    grads = jax.tree.map(lambda p, i=i: p * i, params)
+    _, state = tx.update(grads, state, params, value=float(-i), grad=grads)
+  (off,) = [x for x in jax.tree.leaves(state) if x.shape == ()][-1:]
+  assert off.dtype == jnp.float64 and off == 0
+
+
+def test_a_state_restored_as_numpy_goes_on():
+  problem = helpers.make_problem('quadratic', 4, 2, 1, seed=0)
+  tx = gsgd_jax.asynchronous(
+    gsgd_jax.guided(
+      optax.sgd(0.1),
+      problem.loss_fn,
+      window=2,
+      revisit=None,
+      batch_like=problem.batch_like,
+    ),
+    2,
+    batch_like=problem.batch_like,
+  )
+  _, (batch,), _ = problem.of_seed(0)
+  params = helpers.to_tree(jnp.ones([4]))
+  kept = restored = tx.init(params)
+  for _ in range(5):
+    restored = jax.tree.map(np.asarray, restored)
+    _, restored = tx.update(params, restored, params, value=1.0, batch=batch)
+    _, kept = tx.update(params, kept, params, value=1.0, batch=batch)
+  jax.tree.map(np.testing.assert_array_equal, kept, restored)

@@ -3,8 +3,10 @@
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -83,6 +85,8 @@ def test_config_and_workdir_and_that_a_run_is_never_overwritten(tmp_path):
     ('--nosuch=1', 'Unknown command line flag'),
     ('more', 'unexpected argument'),
     ('--workdir=/dev/null/x', '/dev/null'),
+    ('--workdir=', 'workdir must name a folder'),
+    ("--config.hidden=('a',)", 'hidden must hold positive integers'),
   ],
 )
 def test_bad_input_is_one_sentence(tmp_path, argument, sentence):
@@ -92,3 +96,51 @@ def test_bad_input_is_one_sentence(tmp_path, argument, sentence):
   assert len(done.stderr.splitlines()) == 1
   assert done.stdout == ''
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'source, sentence',
+  [
+    ('def get_config(:', 'cannot load the config: SyntaxError'),
+    ('def get_config(): return 1 / 0', 'ZeroDivisionError: division by zero'),
+    ('x = 1', 'cannot load the config: .*get_config'),
+    (
+      'import ml_collections\n'
+      'def get_config(): return ml_collections.ConfigDict()',
+      'the config lacks the setting dataset',
+    ),
+  ],
+)
+def test_bad_config_files_are_one_sentence(tmp_path, source, sentence):
+  (tmp_path / 'mine.py').write_text(source)
+  done = train(tmp_path, '--config=mine.py')
+  assert done.returncode == 2
+  assert re.search(sentence, done.stderr), done.stderr
+  assert len(done.stderr.splitlines()) == 1
+  assert {p.name for p in tmp_path.iterdir()} <= {'mine.py', '__pycache__'}
+
+
+@pytest.mark.parametrize('exists', [False, True])
+def test_interrupted_it_leaves_what_it_found(tmp_path, exists):
+  workdir = tmp_path / 'mine'
+  if exists:
+    workdir.mkdir()
+  run = subprocess.Popen(
+    [
+      sys.executable,
+      str(ROOT / 'train.py'),
+      '--workdir=mine',
+      '--config.updates=10000000',
+    ],
+    cwd=tmp_path,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert run.stdout.readline() == 'writing to mine\n'
+  time.sleep(8)  # Into the training.
+  run.send_signal(signal.SIGINT)
+  _, stderr = run.communicate(timeout=60)
+  assert run.returncode == 130
+  assert stderr == 'train.py: interrupted\n'
+  assert workdir.exists() == exists
