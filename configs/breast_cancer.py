@@ -5,6 +5,10 @@
 Breast Cancer Wisconsin (Diagnostic), softmax regression, 10 asynchronous
 workers, batches of 4, 50 epochs, as in Sharma (2021). The split is 60 % for
 training, 20 % for validation, 20 % for testing.
+
+Time: 20 seconds on 2 CPU cores. Test accuracy, %, with 95 % intervals:
+sequential 96.17 ± 1.18, ASGD 96.17 ± 1.35, guided 96.09 ± 1.32, random replays
+96.17 ± 1.18.
 """
 
 import pathlib

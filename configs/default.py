@@ -5,6 +5,10 @@
 Digits (scikit-learn's 1,797 images), an MLP 64-64-10, batches of 16, 16
 asynchronous workers that arrive in turn, at a learning rate at which the delay
 shows. Four methods, 10 seeds each.
+
+Time: 20 seconds on 2 CPU cores. Test accuracy, %, with 95 % intervals:
+sequential 97.06 ± 0.74, ASGD 94.22 ± 1.19, guided 96.75 ± 0.86, random replays
+96.69 ± 0.82.
 """
 
 import ml_collections
