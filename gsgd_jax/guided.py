@@ -193,61 +193,27 @@ def guided(
     Neural Networks`, IJCNN 2021.
   """
   inner = optax.with_extra_args_support(inner)
-  window = _protocol.positive_int('window', window)
-  if replays is None:
-    replays = min(4, window // 2)
-  replays = _protocol.positive_int('replays', replays, minimum=0)
-  if replays > window:
-    raise ValueError(
-      f'replays must be at most window, got replays={replays} and '
-      f'window={window}'
-    )
-  if revisit is not None:
-    revisit = _protocol.positive_int('revisit', revisit, minimum=0)
-  _protocol.one_of('select', select, _SELECT)
-  if loss_fn is not None and not callable(loss_fn):
-    raise ValueError(
-      f'loss_fn must be a function of (params, batch) or None, got {loss_fn!r}'
-    )
-  if loss_fn is None and revisit != 0:
-    raise ValueError(
-      f'revisit={revisit} takes losses anew and needs a loss_fn, got none; '
-      'pass loss_fn, or revisit=0'
-    )
-  if replays == 0:
+  rule = _checked_rule(
+    loss_fn, window, replays, revisit, select, average_scores
+  )
+  if rule.replays == 0:
     return inner
   if loss_fn is not None and batch_like is None:
     raise ValueError(
       'guided with a loss_fn keeps a window of batches and needs batch_like, '
       'got None; pass a batch, or its jax.ShapeDtypeStruct'
     )
-  rule = _Rule(loss_fn, window, replays, revisit, select, average_scores)
   through_inner = replay_with is None
   replayer = optax.with_extra_args_support(
     optax.identity() if through_inner else replay_with
   )
 
   def init_fn(params):
-    # Each its own array: the state may be donated.
-    zeros = lambda: jnp.zeros([window], _protocol.score_dtype())
-    counts = lambda: jnp.zeros([window], jnp.int32)
-    stored = loss_fn is None
     return GuidedState(
       count=jnp.zeros([], jnp.int32),
       average_error=jnp.full([], jnp.inf, _protocol.score_dtype()),
-      window=Window(
-        scores=zeros(),
-        collected=counts() if average_scores else None,
-        losses=zeros(),
-        surprises=zeros(),
-        workers=counts(),
-        staleness=counts() if stored else None,
-        updates=_ring.stack(optax.tree.zeros_like(params), window)
-        if stored
-        else None,
-        batches=_ring.empty(_protocol.abstract(batch_like), window),
-      ),
-      replayed=jnp.full([replays], -1, jnp.int32),
+      window=_empty_window(rule, params, batch_like),
+      replayed=jnp.full([rule.replays], -1, jnp.int32),
       gradient_evaluations=jnp.zeros([], jnp.int32),
       key=jax.random.PRNGKey(seed) if select == 'random' else None,
       inner_state=inner.init(params),
@@ -255,24 +221,12 @@ def guided(
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    value = _protocol.scalar_value('guided', extra_args)
-    if value is None:
-      raise _protocol.missing(
-        'guided',
-        'value',
-        'pass value=loss to update (delayed with a tree of delays has no '
-        'single one to forward)',
-      )
-    batch = None
-    if batch_like is not None:
-      batch = _protocol.checked_batch('guided', extra_args, batch_like)
-    if loss_fn is not None:
-      _protocol.required_params('guided', params)
+    value, batch = _checked_extras(rule, params, extra_args, batch_like)
     new_updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
     )
     new_updates = _ring.cast_like(new_updates, updates)
-    position = state.count % window
+    position = state.count % rule.window
     entered = _entered(
       state.window,
       position,
@@ -285,9 +239,10 @@ def guided(
     at = _apply(params, new_updates)
     average = _average_error(rule, state, at, value, extra_args)
     scored = _scored(rule, state, entered, at, average, value)
-    ends = position == window - 1
+    ends = position == rule.window - 1
     order, number = _selected(rule, state, scored)
     number = jnp.where(ends, number, 0)
+    replaying = jnp.arange(rule.replays, dtype=jnp.int32) < number
     new_updates, inner_state, replay_state = _replay(
       rule,
       inner if through_inner else replayer,
@@ -308,11 +263,7 @@ def guided(
       count=optax.safe_increment(state.count),
       average_error=average,
       window=scored,
-      replayed=jnp.where(
-        ends,
-        jnp.where(jnp.arange(replays, dtype=jnp.int32) < number, order, -1),
-        state.replayed,
-      ),
+      replayed=jnp.where(ends, jnp.where(replaying, order, -1), state.replayed),
       gradient_evaluations=state.gradient_evaluations + spent,
       key=state.key,
       inner_state=inner_state,
@@ -334,6 +285,70 @@ class _Rule(NamedTuple):
 
   def loss(self, params, batch):
     return jnp.asarray(self.loss_fn(params, batch), _protocol.score_dtype())
+
+
+def _checked_rule(loss_fn, window, replays, revisit, select, average_scores):
+  """The settings, or an error that says which one cannot be."""
+  window = _protocol.positive_int('window', window)
+  if replays is None:
+    replays = min(4, window // 2)
+  replays = _protocol.positive_int('replays', replays, minimum=0)
+  if replays > window:
+    raise ValueError(
+      f'replays must be at most window, got replays={replays} and '
+      f'window={window}'
+    )
+  if revisit is not None:
+    revisit = _protocol.positive_int('revisit', revisit, minimum=0)
+  _protocol.one_of('select', select, _SELECT)
+  if loss_fn is not None and not callable(loss_fn):
+    raise ValueError(
+      f'loss_fn must be a function of (params, batch) or None, got {loss_fn!r}'
+    )
+  if loss_fn is None and revisit != 0:
+    raise ValueError(
+      f'revisit={revisit} takes losses anew and needs a loss_fn, got none; '
+      'pass loss_fn, or revisit=0'
+    )
+  return _Rule(loss_fn, window, replays, revisit, select, average_scores)
+
+
+def _checked_extras(rule, params, extra_args, batch_like):
+  """The arriving `value` and `batch` (None without `batch_like`)."""
+  value = _protocol.scalar_value('guided', extra_args)
+  if value is None:
+    raise _protocol.missing(
+      'guided',
+      'value',
+      'pass value=loss to update (delayed with a tree of delays has no '
+      'single one to forward)',
+    )
+  batch = None
+  if batch_like is not None:
+    batch = _protocol.checked_batch('guided', extra_args, batch_like)
+  if rule.loss_fn is not None:
+    _protocol.required_params('guided', params)
+  return value, batch
+
+
+def _empty_window(rule, params, batch_like):
+  # Every leaf is an array of its own: the state may be donated.
+  scores = lambda: jnp.zeros([rule.window], _protocol.score_dtype())
+  counts = lambda: jnp.zeros([rule.window], jnp.int32)
+  stored = rule.loss_fn is None
+  updates = None
+  if stored:
+    updates = _ring.stack(optax.tree.zeros_like(params), rule.window)
+  return Window(
+    scores=scores(),
+    collected=counts() if rule.average_scores else None,
+    losses=scores(),
+    surprises=scores(),
+    workers=counts(),
+    staleness=counts() if stored else None,
+    updates=updates,
+    batches=_ring.empty(_protocol.abstract(batch_like), rule.window),
+  )
 
 
 def _entered(window, position, **entry):

@@ -13,9 +13,9 @@ import ml_collections
 import numpy as np
 import scipy.stats
 
-from gsgd_jax import experiment
+from gsgd_jax import __version__, experiment
 
-_PACKAGES = ('gsgd_jax', 'jax', 'jaxlib', 'optax', 'flax', 'numpy')
+_PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy')
 _LEVEL = 0.95
 _FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
@@ -186,7 +186,8 @@ def _result(config, histories):
     'config': config.to_dict(),
     'versions': {
       'python': platform.python_version(),
-      **{name: _version(name) for name in _PACKAGES},
+      'gsgd_jax': __version__,
+      **{name: metadata.version(name) for name in _PACKAGES},
     },
     'device': f'{device.platform} ({device.device_kind})',
     'said': sentences(config, histories),
@@ -202,13 +203,6 @@ def _result(config, histories):
       for name, history in histories.items()
     },
   }
-
-
-def _version(package):
-  try:
-    return metadata.version(package)
-  except metadata.PackageNotFoundError:
-    return None
 
 
 def _plain(array):

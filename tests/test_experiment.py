@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import gsgd_jax
 from gsgd_jax import data, experiment, guided, models, report
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -263,6 +264,7 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
   result = json.loads((tmp_path / 'result.json').read_text())
   assert result['config']['workers'] == 16
   assert result['versions']['jax'] == jax.__version__
+  assert result['versions']['gsgd_jax'] == gsgd_jax.__version__
   assert result['methods']['guided']['history']['train_loss'][1] == [None] * 2
   assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
   assert len(list(tmp_path.iterdir())) == 2
