@@ -217,6 +217,19 @@ def test_delayed_leaves(problem, inner, first, rest, mode):
       assert got == ([-1, -1] if wanted is None else [wanted[0], wanted[-1]])
 
 
+def test_a_leaf_that_is_filling_stays_where_it_is():
+  """Also where the optimizer moves without any gradient."""
+  decaying = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
+  tx = gsgd_jax.delayed(decaying, {'first': 2, 'rest': 0})
+  params = helpers.to_tree(jnp.ones([2]))
+  state = tx.init(params)
+  for first, rest in ((1, 0.5), (1, 0.25), (0.5, 0.125)):
+    grads = optax.tree.zeros_like(params)
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    assert helpers.to_flat(params).tolist() == [first, rest]
+
+
 def test_uniform_tree_of_delays_moves_like_an_int():
   problem = helpers.make_problem('logistic', 4, 3, 20, seed=0)
   adam = helpers.INNERS['adam'].library
