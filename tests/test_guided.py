@@ -52,15 +52,7 @@ def settings(draw):
   )
 
 
-long_problems = st.builds(
-  helpers.make_problem,
-  kind=st.sampled_from(['quadratic', 'logistic']),
-  size=st.integers(2, 6),
-  examples=st.integers(1, 4),
-  calls=st.integers(25, 45),
-  seed=st.integers(0, 2**30),
-  seeds=st.just(2),
-)
+long_problems = helpers.problems_of(st.integers(25, 45))
 
 
 def build(problem, inner, dial, setting, seed, batch_like=None):
