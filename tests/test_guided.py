@@ -217,6 +217,29 @@ def test_guided_under_staleness(
     assert_same_guidance(oracle, state, len(packets))
 
 
+@pytest.mark.parametrize('inner', sorted(helpers.INNERS))
+def test_replays_through_every_inner(inner):
+  """Among them one that reads `stale_params`, predictor's offset included."""
+  problem = helpers.make_problem('logistic', 4, 3, 40, seed=5)
+  setting = dict(window=5, replays=3, select='consistent', replay_with=None)
+  oracle_of, guided, _ = build(problem, inner, 'exact', setting, seed=0)
+  make, update_of = PARALLEL['asynchronous']
+  ((flat, state),) = helpers.run(
+    make(guided, 3, problem.batch_like),
+    problem,
+    'scan',
+    verification_at=lambda t: update_of(t, 3),
+  )
+  start, batches, verification = problem.of_seed(0)
+  oracle = oracle_of(verification)
+  expected, _ = reference.asynchronous(
+    start, oracle, problem.loss, problem.gradient, 3, batches
+  )
+  assert any(oracle.replayed)
+  helpers.assert_trajectory(flat[2:], expected)
+  assert_same_guidance(oracle, state.inner_state, len(expected))
+
+
 def one_window(**settings):
   """A window whose arithmetic fits on paper: losses are the batches."""
   loss_fn = lambda params, batch: batch + 0 * params
