@@ -9,80 +9,132 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gsgd_jax import sources
+
 
 class Examples(NamedTuple):
   """Examples of one split."""
 
   inputs: np.ndarray  # shape=(n, features), float32.
-  labels: np.ndarray  # shape=(n,), int32, from 0.
+  labels: np.ndarray  # shape=(n,), int32: positions in the classes.
 
 
 class Dataset(NamedTuple):
   """A classification data set, split into three."""
 
   name: str
-  classes: int
+  classes: tuple[str, ...]
   train: Examples
-  validation: Examples
+  validation: Examples | None  # None where its share is 0.
   test: Examples
 
 
-def _scikit_learn(loader: str) -> Examples:
-  import sklearn.datasets
-
-  inputs, labels = getattr(sklearn.datasets, loader)(return_X_y=True)
-  return Examples(inputs.astype(np.float64), labels.astype(np.int32))
+# What a generator is seeded with beside the user's seed.
+_SPLIT, _BATCH, _VERIFICATION, _NOISE = range(4)
+_BLOCK = 64  # Verification samples drawn by one generator.
 
 
-DATASETS = {
-  'digits': functools.partial(_scikit_learn, 'load_digits'),
-  'breast_cancer': functools.partial(_scikit_learn, 'load_breast_cancer'),
-}
-_SHARES = (0.6, 0.2)  # Of training and validation; the rest is for testing.
+def load(
+  name: str,
+  seed: int,
+  *,
+  target: str | None = None,
+  preprocessing: str = 'standard',
+  train_share: float = 0.6,
+  validation_share: float = 0.2,
+  label_noise: float = 0.0,
+) -> Dataset:
+  r"""A data set, split at random, scaled, and noisy where that is asked for.
 
-
-def load(name: str, seed: int) -> Dataset:
-  """A data set, split at random and standardised.
-
-  60 % of the examples train, 20 % validate, 20 % test. Every feature is
-  standardised by the mean and the standard deviation of the training rows
-  alone; a feature that is constant there is only centred.
+  With ``'standard'`` preprocessing every feature x becomes
+  :math:`(x - \mu) / \sigma` by the mean and the standard deviation of the
+  training rows alone; a feature that is constant there is only centred. With
+  ``'author'``, for the reproduction of the paper, every feature is so
+  standardised, then scaled to [0, 1], both by the statistics of the whole set
+  (which the test rows leak into), and a constant 1 is prepended; its split is
+  ``train_share=0.6, validation_share=0``.
 
   Args:
-    name: ``'digits'`` (1,797 images of 8 x 8 pixels, 10 classes) or
-      ``'breast_cancer'`` (Wisconsin diagnostic: 569 examples, 30 features, 2
-      classes), as scikit-learn bundles them.
-    seed: Decides the split, an int of at least 0.
+    name: What :func:`gsgd_jax.sources.read` knows: ``'digits'``,
+      ``'breast_cancer'``, ``'iris'``, ``'wine'``, a file, ``'openml:NAME'``.
+    seed: Decides the split and the noise, an int of at least 0.
+    target: The column of the classes, for CSV files and OpenML.
+    preprocessing: ``'standard'`` or ``'author'``.
+    train_share: Share of the examples to train on, in (0, 1).
+    validation_share: Share to validate on, in [0, 1); 0 leaves no such split.
+      The rest is for testing.
+    label_noise: Share of the training labels, in [0, 1], that are flipped to
+      another class, drawn at random.
 
   Returns:
     A ``Dataset``.
 
   Raises:
-    ValueError: The name is unknown.
+    ValueError: The data are unknown or malformed; a split is empty; the
+      training rows hold one class only.
+    OSError: The file cannot be read.
 
   Examples:
     >>> from gsgd_jax import data
     >>> digits = data.load('digits', seed=0)
-    >>> print(*(len(s.labels) for s in digits[2:]), digits.classes)
+    >>> print(*(len(s.labels) for s in digits[2:]), len(digits.classes))
     1078 359 360 10
   """
-  if name not in DATASETS:
-    known = ', '.join(sorted(DATASETS))
-    raise ValueError(f'dataset must be one of {known}, got {name!r}')
-  inputs, labels = _raw(name)
-  order = np.random.default_rng([seed, 0]).permutation(len(labels))
-  ends = np.cumsum([int(share * len(labels)) for share in _SHARES])
+  source = sources.read(name, target)
+  order = np.random.default_rng([seed, _SPLIT]).permutation(len(source.labels))
+  rows = _split(name, order, train_share, validation_share)
+  scale = {'standard': _standard, 'author': _author}[preprocessing]
+  inputs = scale(source.inputs, rows[0]).astype(np.float32)
+  splits = [
+    Examples(inputs[r], source.labels[r]) if len(r) else None for r in rows
+  ]
+  train = _noisy(splits[0], len(source.classes), label_noise, seed)
+  if len(np.unique(splits[0].labels)) < 2:
+    raise ValueError(
+      f'the {len(rows[0])} training examples of {name}, seed {seed}, are all '
+      'of one class; give more data or a larger train_share'
+    )
+  return Dataset(name, source.classes, train, *splits[1:])
+
+
+def _split(name, order, train_share, validation_share):
+  # A share such as 0.29 of 100 is 28.999999999999996 in floating point.
+  count = lambda share: int(share * len(order) + 1e-9)
+  ends = np.cumsum([count(train_share), count(validation_share)])
   rows = np.split(order, ends)
-  mean = inputs[rows[0]].mean(axis=0)
-  deviation = inputs[rows[0]].std(axis=0)
-  inputs = (inputs - mean) / np.where(deviation > 0, deviation, 1)
-  splits = [Examples(inputs[r].astype(np.float32), labels[r]) for r in rows]
-  return Dataset(name, int(labels.max()) + 1, *splits)
+  names = ('training', 'validation', 'testing')
+  wanted = (True, validation_share > 0, True)
+  for split, part, want in zip(rows, names, wanted, strict=True):
+    if want and not len(split):
+      raise ValueError(
+        f'the {len(order)} examples of {name} leave none for {part} '
+        f'(train_share={train_share:g}, validation_share={validation_share:g})'
+      )
+  return rows
 
 
-@functools.cache
-def _raw(name):
-  return DATASETS[name]()
+def _standard(inputs, train_rows):
+  mean = inputs[train_rows].mean(axis=0)
+  deviation = inputs[train_rows].std(axis=0)
+  return (inputs - mean) / np.where(deviation > 0, deviation, 1)
+
+
+def _author(inputs, train_rows):
+  del train_rows
+  inputs = _standard(inputs, slice(None))
+  low, high = inputs.min(axis=0), inputs.max(axis=0)
+  inputs = (inputs - low) / np.where(high > low, high - low, 1)
+  return np.column_stack([np.ones(len(inputs)), inputs])
+
+
+def _noisy(train, classes, share, seed):
+  generator = np.random.default_rng([seed, _NOISE])
+  flipped = generator.permutation(len(train.labels))
+  flipped = flipped[: round(share * len(train.labels))]
+  labels = train.labels.copy()
+  shift = generator.integers(1, classes, size=len(flipped), dtype=np.int32)
+  labels[flipped] = (labels[flipped] + shift) % classes
+  return train._replace(labels=labels)
 
 
 def batch_rows(
@@ -114,7 +166,7 @@ def batch_rows(
 
 @functools.lru_cache(maxsize=4096)
 def _epoch_order(examples, seed, epoch):
-  order = np.random.default_rng([seed, 1, epoch]).permutation(examples)
+  order = np.random.default_rng([seed, _BATCH, epoch]).permutation(examples)
   return order.astype(np.int32)
 
 
@@ -145,6 +197,13 @@ def verification_rows(examples: int, seed: int, step: int) -> np.ndarray:
     >>> data.verification_rows(1078, seed=0, step=7).shape
     (100,)
   """
-  generator = np.random.default_rng([seed, 2, step])
-  size = verification_size(examples)
+  block, position = divmod(step, _BLOCK)
+  return _verification_block(examples, seed, block)[position]
+
+
+@functools.lru_cache(maxsize=1024)
+def _verification_block(examples, seed, block):
+  # A generator costs more than a sample, so it draws many.
+  generator = np.random.default_rng([seed, _VERIFICATION, block])
+  size = (_BLOCK, verification_size(examples))
   return generator.integers(examples, size=size, dtype=np.int32)

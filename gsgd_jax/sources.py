@@ -1,0 +1,284 @@
+"""Where examples come from: scikit-learn's sets, files, OpenML.
+
+`read` gives raw examples, unscaled and unsplit; `gsgd_jax.data` makes data
+sets of them. A file is in one of two formats, both checked line by line:
+
+* the gSGD author's: the number of columns, then one comma-separated row an
+  example, its class, a whole number, last; blank lines are skipped;
+* CSV with a header, when `target` names the column that holds the classes, of
+  any kind; all other columns hold numbers.
+"""
+
+import contextlib
+import csv
+import functools
+import os
+import pathlib
+import socket
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+from gsgd_jax import settings
+
+BUNDLED = {
+  'breast_cancer': 'load_breast_cancer',
+  'digits': 'load_digits',
+  'iris': 'load_iris',
+  'wine': 'load_wine',
+}
+_OPENML = 'openml:'
+_TIMEOUT = 30  # Seconds that a silent server is waited for.
+
+
+class Source(NamedTuple):
+  """Raw examples."""
+
+  inputs: np.ndarray  # shape=(n, features), float64, finite.
+  labels: np.ndarray  # shape=(n,), int32: positions in `classes`.
+  classes: tuple[str, ...]  # At least two, each with examples.
+
+
+@functools.cache
+def read(dataset: str, target: str | None = None) -> Source:
+  """Reads a data set's raw examples.
+
+  Args:
+    dataset: ``'digits'``, ``'breast_cancer'``, ``'iris'`` or ``'wine'``, as
+      scikit-learn bundles them; the path of a file; or ``'openml:NAME'`` or
+      ``'openml:NAME:VERSION'``, which scikit-learn fetches once and then keeps
+      in its cache (``SCIKIT_LEARN_DATA``, else ``~/scikit_learn_data``).
+    target: The column that holds the classes: a CSV file's, which needs one, or
+      an OpenML set's, which has a default. None otherwise.
+
+  Returns:
+    A ``Source``.
+
+  Raises:
+    ValueError: The name is unknown; the file is malformed (the line is named),
+      holds something that is no finite number, or fewer than two classes; the
+      set cannot be fetched.
+    OSError: The file cannot be read.
+
+  Examples:
+    >>> from gsgd_jax import sources
+    >>> iris = sources.read('iris')
+    >>> print(iris.inputs.shape, *iris.classes)
+    (150, 4) setosa versicolor virginica
+  """
+  if dataset.startswith(_OPENML):
+    source = _openml(dataset, target)
+  elif dataset in BUNDLED:
+    if target is not None:
+      raise ValueError(f'{dataset} has its classes already; leave out target')
+    source = _bundled(dataset)
+  elif _is_path(dataset):
+    source = _file(dataset, target)
+  else:
+    raise ValueError(
+      f'dataset must be one of {", ".join(BUNDLED)}, openml:NAME or a file '
+      f'that exists, got {dataset!r}' + settings.nearest(dataset, BUNDLED)
+    )
+  _check(dataset, source)
+  return source
+
+
+def _is_path(dataset):
+  return os.path.exists(dataset) or any(c in dataset for c in ('/', '\\', '.'))
+
+
+def _check(dataset, source):
+  if not source.inputs.shape[1]:
+    raise ValueError(f'{dataset} has no features, only classes')
+  if len(source.classes) < 2:
+    raise ValueError(
+      f'{dataset} holds one class only ({source.classes[0]}); classification '
+      'needs two or more'
+    )
+  if len(source.classes) > max(2, len(source.labels) // 2):
+    raise ValueError(
+      f'{dataset} holds {len(source.classes)} different classes in '
+      f'{len(source.labels)} examples: is the target a number to be '
+      'predicted rather than a class?'
+    )
+
+
+def _bundled(dataset):
+  import sklearn.datasets
+
+  bunch = getattr(sklearn.datasets, BUNDLED[dataset])()
+  return Source(
+    bunch.data.astype(np.float64),
+    bunch.target.astype(np.int32),
+    tuple(str(name) for name in bunch.target_names),
+  )
+
+
+def _file(path, target):
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError:
+    raise ValueError(f'{path} is not a text file in UTF-8') from None
+  if not text.strip():
+    raise ValueError(f'{path} is empty')
+  if target is None:
+    return _author_format(path, text.splitlines())
+  return _csv(path, text.splitlines(keepends=True), target)
+
+
+def _author_format(path, lines):
+  rows = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+  number, head = rows[0]
+  try:
+    columns = int(head)
+  except ValueError:
+    raise ValueError(
+      f'{path}, line {number}: the number of columns should stand here, got '
+      f'{_short(head)}; a CSV file with a header needs '
+      '--config.target=COLUMN, the column of the classes'
+    ) from None
+  if columns < 2:
+    raise ValueError(
+      f'{path}, line {number}: at least 2 columns are needed, a feature and '
+      f'the class, got {columns}'
+    )
+  cells = [(i, line.split(',')) for i, line in rows[1:]]
+  _same_width(path, cells, columns)
+  names = [f'column {i + 1}' for i in range(columns)]
+  values = _numbers(path, cells, names)
+  classes = values[:, -1]
+  for (i, _), label in zip(cells, classes, strict=True):
+    if label != round(label):
+      raise ValueError(
+        f'{path}, line {i}: the class, a whole number, should stand last, got '
+        f'{label:g}'
+      )
+  return _source(values[:, :-1], classes.astype(np.int64))
+
+
+def _csv(path, lines, target):
+  reader = csv.reader(lines, strict=True)
+  try:
+    rows = [
+      (reader.line_num, row) for row in reader if any(map(str.strip, row))
+    ]
+  except csv.Error as e:
+    raise ValueError(f'{path}, line {reader.line_num}: {e}') from None
+  header = [name.strip() for name in rows[0][1]]
+  if target not in header:
+    raise ValueError(
+      f'{path} has no column {target}; its columns are '
+      f'{_short(", ".join(header))}' + settings.nearest(target, header)
+    )
+  for name in header:
+    if header.count(name) > 1:
+      raise ValueError(f'{path} has more than one column {name}')
+  cells = rows[1:]
+  _same_width(path, cells, len(header))
+  column = header.index(target)
+  labels = [row[column].strip() for _, row in cells]
+  for (i, _), label in zip(cells, labels, strict=True):
+    if not label:
+      raise ValueError(f'{path}, line {i}: the class is missing')
+  features = [(i, row[:column] + row[column + 1 :]) for i, row in cells]
+  names = [f'column {name}' for name in header if name != target]
+  return _source(_numbers(path, features, names), np.array(labels))
+
+
+def _same_width(path, rows, columns):
+  if not rows:
+    raise ValueError(f'{path} holds no examples')
+  for i, row in rows:
+    if len(row) != columns:
+      raise ValueError(
+        f'{path}, line {i}: {columns} comma-separated values should stand '
+        f'here, got {len(row)}'
+      )
+
+
+def _numbers(path, rows, names):
+  """All cells as finite float64, or a sentence about the first that is not."""
+  with contextlib.suppress(ValueError):
+    values = np.array([row for _, row in rows]).astype(np.float64)
+    if np.isfinite(values).all():
+      return values.reshape(len(rows), len(names))
+  for i, row in rows:
+    for name, cell in zip(names, row, strict=True):
+      if not _is_finite(cell):
+        raise ValueError(
+          f'{path}, line {i}, {name}: a finite number should stand here, got '
+          f'{_short(cell)}'
+        )
+  return np.array([[float(cell) for cell in row] for _, row in rows])
+
+
+def _is_finite(cell):
+  try:
+    return np.isfinite(float(cell))
+  except ValueError:
+    return False
+
+
+def _short(text):
+  text = text if len(text) <= 60 else text[:57] + '...'
+  return repr(text)
+
+
+def _source(inputs, labels):
+  classes, positions = np.unique(labels, return_inverse=True)
+  return Source(
+    inputs, positions.astype(np.int32), tuple(str(c) for c in classes)
+  )
+
+
+def _openml(dataset, target):
+  name, _, version = dataset.removeprefix(_OPENML).partition(':')
+  if not name or not (version.isdecimal() or not version):
+    raise ValueError(
+      f'dataset must be openml:NAME or openml:NAME:VERSION, got {dataset!r}'
+    )
+  bunch = _fetch(dataset, name, version, target)
+  if bunch.target is None:
+    raise ValueError(
+      f'{dataset} has no default target; name one of its columns by '
+      '--config.target=COLUMN'
+    )
+  inputs = np.asarray(bunch.data, np.float64)
+  bad = np.argwhere(~np.isfinite(inputs))
+  if len(bad):
+    row, column = bad[0]
+    raise ValueError(
+      f'{dataset}, example {row + 1}, column {bunch.feature_names[column]}: '
+      'a finite number should stand here, got a missing value'
+    )
+  return _source(inputs, np.asarray(bunch.target).astype(str))
+
+
+def _fetch(dataset, name, version, target):
+  import sklearn.datasets
+
+  timeout = socket.getdefaulttimeout()
+  socket.setdefaulttimeout(_TIMEOUT)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # Retries; several active versions.
+      return sklearn.datasets.fetch_openml(
+        name,
+        version=int(version) if version else 'active',
+        target_column=target or 'default-target',
+        as_frame=False,
+        parser='liac-arff',
+        n_retries=1,
+      )
+  except OSError as e:
+    reason = getattr(e, 'reason', None) or e
+    raise ValueError(
+      f'{dataset} is not in the cache ({sklearn.datasets.get_data_home()}) and '
+      f'cannot be fetched: a network connection is needed ({reason})'
+    ) from e
+  except (KeyError, ValueError) as e:
+    reason = str(e.args[0] if e.args else e).splitlines()[0]
+    raise ValueError(f'{dataset} cannot be read: {reason}') from e
+  finally:
+    socket.setdefaulttimeout(timeout)
