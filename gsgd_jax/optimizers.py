@@ -1,0 +1,319 @@
+"""Any optax optimizer and schedule by name, driven by the arrival count.
+
+An optimizer that guided SGD wraps is called for arrivals and for replays alike,
+so its own step count is no count of arrivals. Here the rate of a schedule comes
+from outside instead, as the extra argument `arrival`, which every wrapper
+forwards: an arrival and the replays after it share one rate.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+from gsgd_jax import settings
+
+_RATES = ('learning_rate', 'max_learning_rate')
+_ALIASES = {
+  'momentum': dict(momentum=0.9),
+  'nesterov': dict(momentum=0.9, nesterov=True),
+}
+
+
+def names() -> list[str]:
+  """Every optimizer that `make` knows.
+
+  Examples:
+    >>> from gsgd_jax import optimizers
+    >>> known = optimizers.names()
+    >>> 'adamw' in known, 'muon' in known, 'nesterov' in known
+    (True, True, True)
+  """
+  return sorted({*_ALIASES, *_factories()})
+
+
+def schedule_names() -> list[str]:
+  """Every schedule that `make_schedule` knows, by its optax name.
+
+  Examples:
+    >>> from gsgd_jax import optimizers
+    >>> 'cosine_decay_schedule' in optimizers.schedule_names()
+    True
+  """
+  return sorted(
+    name
+    for name in dir(optax)
+    if not name.startswith('scale_by_')
+    and (name.endswith('_schedule') or name == 'exponential_decay')
+  )
+
+
+def _factories():
+  """Functions of optax that take a learning rate and make an optimizer."""
+  found = {}
+  for module in (optax.contrib, optax):
+    for name, fn in inspect.getmembers(module, inspect.isfunction):
+      signature = inspect.signature(fn)
+      makes = 'GradientTransformation' in str(signature.return_annotation)
+      rated = any(rate in signature.parameters for rate in _RATES)
+      if makes and rated and not name.startswith(('_', 'scale_by_')):
+        found[name] = fn
+  return found
+
+
+def make(
+  name: str,
+  learning_rate: float | Callable[[jax.Array], jax.Array] | None,
+  kwargs: Mapping[str, Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""An optax optimizer by its name.
+
+  Args:
+    name: A function of ``optax`` or ``optax.contrib`` that takes a learning
+      rate, such as ``'adamw'`` or ``'muon'``; or ``'momentum'`` or
+      ``'nesterov'``, which are ``sgd`` with ``momentum=0.9``.
+    learning_rate: A number; a schedule, a function of the number of arrivals
+      before this one; or None for the optimizer's own default.
+    kwargs: Its other arguments.
+
+  Returns:
+    A transformation. With a schedule it wants the extra argument ``arrival``,
+    an int32 scalar, and replays take the rate of the arrival before them.
+
+  Raises:
+    ValueError: The name or an argument is unknown, one is missing, or the
+      optimizer refuses a value.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from gsgd_jax import optimizers
+    >>> tx = optimizers.make('sgd', optax.linear_schedule(1.0, 0.0, 4))
+    >>> params = jnp.ones(1)
+    >>> state = tx.init(params)
+    >>> for arrival in range(3):
+    ...   updates, state = tx.update(params, state, params, arrival=arrival)
+    ...   print(f'{updates[0]:.2f}')
+    -1.00
+    -0.75
+    -0.50
+  """
+  settings.one_of('optimizer', name, names())
+  factory = _factories()['sgd' if name in _ALIASES else name]
+  kwargs = {**_ALIASES.get(name, {}), **(kwargs or {})}
+  parameters = inspect.signature(factory).parameters
+  rate = next(r for r in _RATES if r in parameters)
+  _check_arguments(f'optimizer {name}', kwargs, parameters, rate, learning_rate)
+
+  def at(value):
+    rated = {} if value is None else {rate: value}
+    try:
+      tx = factory(**rated, **kwargs)
+    except Exception as e:  # Whatever it raises, it is the arguments.
+      raise ValueError(f'optimizer {name} refuses its arguments: {e}') from e
+    return optax.with_extra_args_support(tx)
+
+  scheduled = callable(learning_rate)
+  fixed = at(learning_rate(0) if scheduled else learning_rate)
+
+  def update_fn(updates, state, params=None, *, arrival=None, **extra_args):
+    tx = fixed
+    if scheduled:
+      if arrival is None:
+        raise ValueError(f'optimizer {name} with a schedule needs arrival=...')
+      tx = at(jnp.asarray(learning_rate(arrival), jnp.float32))
+    return tx.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(fixed.init, update_fn)
+
+
+def _check_arguments(who, kwargs, parameters, rate, learning_rate):
+  if rate in kwargs:
+    raise ValueError(f'{who}: its rate is the setting learning_rate')
+  anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+  for given in kwargs:
+    if given not in parameters and not anything:
+      known = ', '.join(p for p in parameters if p != rate)
+      raise ValueError(
+        f'{who} has no argument {given}; it has {known}'
+        + settings.nearest(given, parameters)
+      )
+  given = {*kwargs} | ({rate} if learning_rate is not None else set())
+  for parameter in parameters.values():
+    needed = parameter.default is parameter.empty
+    needed &= parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    if needed and parameter.name not in given:
+      raise ValueError(f'{who} needs the argument {parameter.name}')
+
+
+def make_schedule(
+  name: str,
+  learning_rate: float,
+  arrivals: int,
+  kwargs: Mapping[str, Any] | None = None,
+  warmup: int = 0,
+) -> float | Callable[[Any], Any]:
+  r"""An optax schedule by its name, after an optional linear warm-up.
+
+  .. math::
+
+    \eta(t) = \begin{cases} \eta\, t / W & t < W \\
+    \mathrm{schedule}(t - W) & \text{else} \end{cases}
+
+  Arguments that are not given follow from the run: the schedule's initial (or
+  constant, or peak) value is ``learning_rate``, its final value 0, its length
+  the arrivals after the warm-up. A schedule with a warm-up of its own starts
+  from 0.
+
+  Args:
+    name: A schedule of optax, such as ``'cosine_decay_schedule'``; the ending
+      ``_schedule`` may be left out.
+    learning_rate: :math:`\eta`, at least 0.
+    arrivals: Arrivals in the run, at least 1.
+    kwargs: The schedule's arguments. ``boundaries_and_scales`` may be a
+      sequence of pairs.
+    warmup: :math:`W`, arrivals over which the rate rises from 0, less than
+      ``arrivals``.
+
+  Returns:
+    ``learning_rate`` itself where it is constant, else a function of the
+    number of arrivals so far.
+
+  Raises:
+    ValueError: The name or an argument is unknown, or one is missing.
+
+  Examples:
+    >>> from gsgd_jax import optimizers
+    >>> rate = optimizers.make_schedule('cosine_decay', 0.4, 120, warmup=20)
+    >>> print(*(f'{rate(t):.2f}' for t in (0, 10, 20, 70, 119)))
+    0.00 0.20 0.40 0.20 0.00
+  """
+  known = schedule_names()
+  full = name if name in known else f'{name}_schedule'
+  if full not in known:
+    settings.one_of('schedule', name, known)
+  given = dict(kwargs or {})
+  if full == 'constant_schedule' and not warmup and not given:
+    return learning_rate
+  factory = getattr(optax, full)
+  parameters = inspect.signature(factory).parameters
+  if isinstance(given.get('boundaries_and_scales'), (tuple, list)):
+    given['boundaries_and_scales'] = dict(given['boundaries_and_scales'])
+  own_warmup = {'peak_value', 'warmup_steps'} <= set(parameters)
+  defaults = dict(
+    value=learning_rate,
+    init_value=0.0 if own_warmup else learning_rate,
+    peak_value=learning_rate,
+    decay_steps=arrivals - warmup,
+    transition_steps=arrivals - warmup,
+    end_value=0.0,
+  )
+  needed = {
+    p: defaults[p]
+    for p in parameters
+    if p in defaults and parameters[p].default is inspect.Parameter.empty
+  }
+  arguments = {**needed, **given}
+  _check_arguments(f'schedule {full}', arguments, parameters, '', None)
+  try:
+    schedule = factory(**arguments)
+    if warmup:
+      rise = optax.linear_schedule(0.0, learning_rate, warmup)
+      schedule = optax.join_schedules([rise, schedule], [warmup])
+  except Exception as e:  # Whatever it raises, it is the arguments.
+    raise ValueError(f'schedule {full} refuses its arguments: {e}') from e
+  return schedule
+
+
+def check_rates(name: str, rate: Any, arrivals: int) -> None:
+  """Raises a ValueError unless all rates of a run are finite and at least 0."""
+  if not callable(rate):
+    return
+  try:
+    rates = np.asarray(jax.jit(jax.vmap(rate))(jnp.arange(arrivals)))
+  except Exception as e:
+    raise ValueError(f'schedule {name} refuses its arguments: {e}') from e
+  wrong = np.flatnonzero(~(np.isfinite(rates) & (rates >= 0)))
+  if len(wrong):
+    raise ValueError(
+      f'schedule {name} gives the learning rate {rates[wrong[0]]:g} at arrival '
+      f'{wrong[0]}; it must be finite and not negative'
+    )
+
+
+def with_value_fn(
+  inner: optax.GradientTransformation,
+  loss_fn: Callable[[optax.Params, Any], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+  """Hands `inner` the loss of the *arrived* batch as a function.
+
+  For line searches (``value_fn`` of ``optax.lbfgs``) and curvature (``obj_fn``
+  of ``optax.contrib.sophia``). They evaluate it at the server's parameters;
+  ``value`` remains the loss where the gradient was taken.
+
+  Args:
+    inner: Any optimizer.
+    loss_fn: ``loss_fn(params, batch) -> scalar``.
+
+  Returns:
+    A transformation that wants the extra arguments ``value`` and ``batch``, and
+    hands on these and ``arrival`` alone.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def update_fn(
+    updates, state, params=None, *, value, batch, arrival=None, **extra_args
+  ):
+    # optax's line searches refuse extra arguments that they do not know.
+    del extra_args
+    fn = lambda params, obj_fn=None: loss_fn(params, batch)
+    extra = dict(value=value, grad=updates, value_fn=fn, obj_fn=fn)
+    return inner.update(updates, state, params, arrival=arrival, **extra)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def evaluation_params(
+  params: optax.Params, opt_state: optax.OptState
+) -> optax.Params:
+  """The parameters to evaluate: schedule-free methods train others."""
+  kind = optax.contrib.ScheduleFreeState
+  found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+  for state in found:
+    if isinstance(state, kind):
+      params = optax.contrib.schedule_free_eval_params(state, params)
+  return params
+
+
+def dry_run(
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  name: str,
+  **extra_args: Any,
+) -> None:
+  """Raises a ValueError if an optimizer cannot take a step here.
+
+  Nothing is computed: shapes alone are followed.
+  """
+
+  def step(params, extra_args):
+    state = tx.init(params)
+    return tx.update(params, state, params, **extra_args)
+
+  try:
+    updates, _ = jax.eval_shape(step, params, extra_args)
+  except Exception as e:  # Whatever optax raises, it is this combination.
+    reason = str(e).strip().splitlines()
+    raise ValueError(
+      f'optimizer {name} cannot be used here: '
+      f'{reason[0] if reason else type(e).__name__}'
+    ) from e
+  same = jax.tree.map(lambda u, p: u.shape == p.shape, updates, params)
+  if not all(jax.tree.leaves(same)):
+    raise ValueError(
+      f'optimizer {name} cannot be used here: it changes the shapes of updates'
+    )
