@@ -1,23 +1,53 @@
 """Trains the methods of a config side by side.
 
   python train.py
+  python train.py --config.dataset=mine.csv --config.target=species
+  python train.py --config.optimizer=adamw --config.learning_rate=0.003 \\
+    --config.optimizer_kwargs.weight_decay=1e-4
   python train.py --config=configs/breast_cancer.py --workdir=runs/paper
-  python train.py --config.workers=32 --config.learning_rate=0.1
 
-Exit codes: 0 done, 2 bad input, 130 interrupted.
+gsgd_jax/settings.py lists every setting; --config.NAME=VALUE changes one.
+
+Exit codes: 0 done; 1 every method diverged, or a file could not be written; 2
+bad input; 130 interrupted, with what was measured so far in the files.
 """
+
+# ruff: noqa: E402 (a signal may come while the later imports still run)
+
+import os
+import signal
+import sys
+import time
+
+_BEGAN = time.perf_counter()
+
+
+def _interrupted(number, frame):
+  del number, frame
+  os.write(2, b'train.py: interrupted before training began\n')
+  os._exit(130)
+
+
+if __name__ == '__main__':
+  for _number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(_number) != signal.SIG_IGN:
+      signal.signal(_number, _interrupted)
 
 import contextlib
 import datetime
-import os
 import pathlib
-import sys
+import re
 
-import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 _DEFAULT = pathlib.Path(__file__).resolve().parent / 'configs' / 'default.py'
+# How flags say what is wrong with a value, and how we do.
+_WANTED = {
+  'invalid literal for int': 'an integer',
+  'could not convert string to float': 'a number',
+  'Non-boolean argument': 'True or False',
+}
 
 
 @contextlib.contextmanager
@@ -28,8 +58,20 @@ def _bad_input():
   except OSError as e:
     reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
     _fail(reason.strip().splitlines()[-1])
+  except flags.IllegalFlagValueError as e:
+    _fail(_illegal_value(str(e)))
   except (flags.Error, TypeError, ValueError) as e:
     _fail(str(e).strip().splitlines()[0])
+
+
+def _illegal_value(text):
+  found = re.match(r'flag --(?:config\.)?(\S+?)=(.*?): (.*)', text, re.DOTALL)
+  if found:
+    name, given, reason = found.groups()
+    for how, wanted in _WANTED.items():
+      if how in reason:
+        return f'{name} must be {wanted}, got {given!r}'
+  return text.splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -38,18 +80,19 @@ def _bad_config():
   try:
     with _bad_input():
       yield
-  except AttributeError as e:
-    if isinstance(e.args[0], KeyError):  # How ml_collections says it.
-      reason = '. '.join(e.args[0].args[0].splitlines())
-      _fail(f'the config has no setting {reason}')
-    _fail(f'cannot load the config: {e}')
+  except KeyError as e:  # --config.nosuch.name=1
+    _fail(f'the config has no setting {str(e.args[0]).splitlines()[0]}')
   except Exception as e:
-    _fail(f'cannot load the config: {type(e).__name__}: {e}')
+    reason = str(e).strip().splitlines()
+    _fail(
+      f'cannot load the config: {type(e).__name__}: '
+      f'{reason[-1] if reason else ""}'
+    )
 
 
-def _fail(sentence):
-  print(f'train.py: {sentence.strip()}', file=sys.stderr)
-  sys.exit(2)
+def _fail(sentence, code=2):
+  print(f'train.py: {sentence.strip()}', file=sys.stderr, flush=True)
+  os._exit(code) if code != 2 else sys.exit(code)
 
 
 with _bad_config():  # ml_collections reads the command line here.
@@ -57,67 +100,56 @@ with _bad_config():  # ml_collections reads the command line here.
     'config',
     str(_DEFAULT),
     'The experiment; --config.NAME=VALUE changes a setting.',
+    lock_config=False,
+    accept_new_attributes=True,  # optimizer_kwargs; `check` refuses the rest.
   )
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Folder for result.json and curves.png. Without it every run makes a fresh '
-  'one in runs/.',
+  'Folder for the files of the run. Without it every run makes a fresh one in '
+  'runs/.',
 )
 
 
 def main(argv):
-  from gsgd_jax import experiment, report  # Late: --help needs no JAX.
+  """Checks the input, then trains."""
+  from gsgd_jax import application, experiment, files  # --help needs no JAX.
 
   logging.set_verbosity(logging.WARNING)
-  config = _CONFIG.value
   with _bad_input():
     if len(argv) > 1:
       raise ValueError(f'unexpected argument {argv[1]!r}; options begin with -')
+    config = _CONFIG.value
     experiment.check(config)
-    workdir, fresh = _make_workdir(report)
-  print(f'writing to {workdir}', flush=True)
+    workdir = _make_workdir(files)
+  application.say(f'writing to {workdir}')
   try:
-    histories = _train(experiment, config)
-  except BaseException:
-    if fresh:
-      workdir.rmdir()  # Nothing was written.
-    raise
-  print('\n' + report.table(histories) + '\n')
-  print('\n'.join(report.sentences(config, histories)))
-  with _bad_input():
-    report.write(workdir, config, histories)
-  print(f'\n{workdir / "curves.png"}\n{workdir / "result.json"}')
+    code = application.run(config, workdir, _BEGAN)
+  except OSError as e:
+    reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
+    _fail(f'cannot go on: {reason}', code=1)
+  if code:
+    os._exit(code)  # An ordinary exit may crash on what XLA still runs.
 
 
-def _train(experiment, config):
-  total = config.updates * len(config.methods)
-  # Silent where nobody watches.
-  with tqdm.tqdm(total=total, unit=' updates', disable=None) as bar:
-
-    def progress(label, updates):
-      bar.set_description(label)
-      bar.update(updates)
-
-    return experiment.run(config, progress)
-
-
-def _make_workdir(report):
+def _make_workdir(files):
   if _WORKDIR.value is None:
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     config_file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = pathlib.Path(config_file).stem
-    return report.new_workdir(pathlib.Path('runs'), name, now), True
+    return files.fresh_folder(pathlib.Path('runs'), name, now)
   if not _WORKDIR.value:
     raise ValueError('workdir must name a folder, got an empty name')
   workdir = pathlib.Path(_WORKDIR.value)
-  if (workdir / 'result.json').exists():
+  held = files.of_a_run(workdir)
+  if held is not None:
     raise ValueError(
-      f'{workdir} already holds a run (result.json); give another --workdir'
+      f'{workdir} already holds a run ({held}); give another --workdir'
     )
-  fresh = not workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
-  return workdir, fresh
+  if not os.access(workdir, os.W_OK | os.X_OK):
+    raise ValueError(f'{workdir} cannot be written to')
+  return workdir
 
 
 def _parse(argv):
@@ -125,13 +157,5 @@ def _parse(argv):
     return flags.FLAGS(argv)
 
 
-def _run(argv):
-  try:
-    main(argv)
-  except KeyboardInterrupt:
-    print('train.py: interrupted', file=sys.stderr, flush=True)
-    os._exit(130)  # An ordinary exit may crash on what XLA still runs.
-
-
 if __name__ == '__main__':
-  app.run(_run, flags_parser=_parse)
+  app.run(main, flags_parser=_parse)

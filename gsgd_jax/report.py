@@ -1,10 +1,7 @@
-"""What a run prints and leaves behind: a table, sentences, files, a picture."""
+"""What a run says of itself: a table, sentences, `result.json`, a picture."""
 
-import json
-import os
 import pathlib
 import platform
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -15,7 +12,7 @@ import scipy.stats
 
 from gsgd_jax import __version__, experiment
 
-_PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy')
+_PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'scikit-learn')
 _LEVEL = 0.95
 _FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
@@ -59,53 +56,115 @@ def interval(values: np.ndarray) -> Interval:
   return Interval(float(values.mean()), float(half_width))
 
 
+class Chosen(NamedTuple):
+  """Test accuracy at an evaluation chosen for each seed."""
+
+  step: np.ndarray  # shape=(seeds,), int: when it was measured.
+  test_accuracy: np.ndarray  # shape=(seeds,), in [0, 1].
+
+
+def chosen(history: experiment.History, by: str) -> Chosen | None:
+  """Test accuracy at the evaluation that a rule chooses, seed by seed.
+
+  Args:
+    history: Of one method.
+    by: ``'validation'``: the highest validation accuracy, of equal ones that of
+      lower validation loss, of equal ones the first. ``'last'``: the last.
+      ``'best'``: the highest *test* accuracy, the author's protocol, which is
+      optimistic: it picks by what it then reports.
+
+  Returns:
+    A ``Chosen``, or None where nothing was measured after the first update, or
+    there is no validation split to choose by.
+  """
+  trained = history.step > 0
+  if not trained.any():
+    return None
+  accuracy = history.test_accuracy[trained]
+  if by == 'validation':
+    validation = history.validation_accuracy[trained]
+    if np.isnan(validation).any():
+      return None
+    loss = history.validation_loss[trained]
+    # The last key is the first to decide.
+    order = np.lexsort((np.nan_to_num(loss, nan=np.inf), -validation), axis=0)
+    rows = order[0]
+  elif by == 'best':
+    rows = accuracy.argmax(axis=0)
+  else:
+    rows = np.full(accuracy.shape[1], len(accuracy) - 1)
+  seeds = np.arange(accuracy.shape[1])
+  return Chosen(history.step[trained][rows], accuracy[rows, seeds])
+
+
+def _accuracy(history, by):
+  """Test accuracy, %, for every seed, or None."""
+  found = chosen(history, by)
+  return None if found is None else 100 * found.test_accuracy
+
+
+def _comparable(history):
+  """Whether a method ran to its end."""
+  return history.status in ('completed', 'stopped_early')
+
+
 def table(histories: dict[str, experiment.History]) -> str:
-  """The comparison after the last update, one line a method."""
-  head = (
-    'method',
-    'test accuracy, %',
-    'less ASGD, paired',
-    'updates',
-    'gradient evaluations',
-    'diverged',
-  )
+  """The comparison, one line a method."""
+  baseline = _baseline(histories)
+  head = ['method', 'test accuracy, %', 'chosen by validation']
+  if baseline is not None:
+    head.append(f'less {histories[baseline].method.label}, paired')
+  head += ['updates', 'gradient evaluations', 'status']
   rows = [head]
   for name, history in histories.items():
-    against = ''
-    if 'asynchronous' in histories and name != 'asynchronous':
-      against = _signed(_difference(histories, name, 'asynchronous'))
-    diverged = int(np.sum(~np.isfinite(history.train_loss[-1])))
-    rows.append(
-      (
-        experiment.METHODS[name].label,
-        str(interval(_final_accuracy(history))),
-        against,
-        f'{history.updates[-1]:,}',
-        f'{history.gradient_evaluations[-1].mean():,.0f}',
-        f'{diverged} of {history.train_loss.shape[1]}',
-      )
-    )
+    row = [history.method.label]
+    for by in ('last', 'validation'):
+      accuracy = _accuracy(history, by)
+      shown = accuracy is not None and history.status != 'diverged'
+      row.append(str(interval(accuracy)) if shown else '-')
+    if baseline is not None:
+      difference = _difference(histories, name, baseline)
+      row.append('' if difference is None else _signed(difference))
+    if len(history.step):
+      spent = history.gradient_evaluations[-1].mean()
+      row += [f'{history.step[-1]:,}', f'{spent:,.0f}']
+    else:
+      row += ['0', '0']
+    rows.append([*row, history.status.replace('_', ' ')])
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    row[0].ljust(widths[0])
-    + ''.join(
-      '  ' + c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)
-    )
-    for row in rows
-  ]
-  rule = '-' * len(lines[0])
+  lines = []
+  for row in rows:
+    cells = [c.rjust(w) for c, w in zip(row, widths, strict=True)]
+    cells[0] = row[0].ljust(widths[0])
+    cells[-1] = row[-1].ljust(widths[-1])
+    lines.append('  '.join(cells).rstrip())
+  rule = '-' * max(map(len, lines))
   return '\n'.join([lines[0], rule, *lines[1:]])
 
 
-def _final_accuracy(history):
-  return 100 * history.test_accuracy[-1]
+def _baseline(histories):
+  """The method that others are compared with: delayed, and not guided."""
+  if len(histories) < 2:
+    return None
+  return next(
+    (
+      name
+      for name, history in histories.items()
+      if history.method.select is None
+      and history.method.parallel != 'sequential'
+      and _comparable(history)
+    ),
+    None,
+  )
 
 
 def _difference(histories, name, other):
   """Points of test accuracy between two methods, paired by seed."""
-  return interval(
-    _final_accuracy(histories[name]) - _final_accuracy(histories[other])
-  )
+  pair = [histories.get(name), histories.get(other)]
+  if name == other or not all(h is not None and _comparable(h) for h in pair):
+    return None
+  ours, theirs = (_accuracy(h, 'last') for h in pair)
+  return interval(ours - theirs)
 
 
 def _signed(difference):
@@ -116,26 +175,30 @@ def sentences(
   config: ml_collections.ConfigDict, histories: dict[str, experiment.History]
 ) -> list[str]:
   """What was measured, in words, whatever it is."""
-  said = []
+  said = [h.message + '.' for h in histories.values() if h.message is not None]
 
   def compare(name, other, text):
-    if name in histories and other in histories:
-      difference = _difference(histories, name, other)
+    difference = _difference(histories, name, other)
+    if difference is not None:
       said.append(text.format(_signed(difference)) + _verdict(difference) + '.')
 
-  compare(
-    'asynchronous',
-    'sequential',
-    f'The delay of {config.workers} workers changes test accuracy by {{}} '
-    'points',
-  )
-  compare('guided', 'asynchronous', 'Guided SGD changes that by {} points')
-  compare(
-    'random',
-    'asynchronous',
-    'Random replays, the control with as many gradients, by {} points',
-  )
-  compare('guided', 'random', 'Guided less random replays: {} points')
+  costs = {
+    'asynchronous': f'The delay of {config.workers} workers changes',
+    'delayed': f'A delay of {config.delay} updates changes',
+    'synchronous': f'Synchronous rounds of {config.workers} workers change',
+  }
+  for parallel in experiment.PARALLEL:
+    if parallel in costs:
+      text = f'{costs[parallel]} test accuracy by {{}} points'
+      compare(parallel, 'sequential', text)
+    guided, random = f'{parallel}+consistent', f'{parallel}+random'
+    compare(guided, parallel, 'Guided SGD changes that by {} points')
+    compare(
+      random,
+      parallel,
+      'Random replays, the control with as many gradients, by {} points',
+    )
+    compare(guided, random, 'Guided less random replays: {} points')
   return said
 
 
@@ -147,42 +210,15 @@ def _verdict(difference):
   return ''
 
 
-def new_workdir(parent: pathlib.Path, name: str, now: str) -> pathlib.Path:
-  """Makes a fresh folder that sorts by time; never one that exists."""
-  for attempt in range(1000):
-    suffix = f'-{attempt + 1}' if attempt else ''
-    workdir = parent / f'{now}{suffix}-{name}'
-    try:
-      workdir.mkdir(parents=True)
-    except FileExistsError:
-      continue
-    return workdir
-  raise FileExistsError(f'no fresh folder for {now} in {parent}')
-
-
-def write(
-  workdir: pathlib.Path,
+def result(
   config: ml_collections.ConfigDict,
   histories: dict[str, experiment.History],
-) -> None:
-  """Writes `result.json` and `curves.png`, each aside and then renamed."""
-  text = json.dumps(_result(config, histories), indent=2, allow_nan=False)
-  _whole(workdir / 'curves.png', lambda path: draw(path, config, histories))
-  _whole(workdir / 'result.json', lambda path: path.write_text(text + '\n'))
-
-
-def _whole(path: pathlib.Path, make: Callable[[pathlib.Path], Any]) -> None:
-  aside = path.with_name(f'.{path.stem}.partial{path.suffix}')
-  try:
-    make(aside)
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)
-
-
-def _result(config, histories):
+  status: str,
+) -> dict[str, Any]:
+  """The content of `result.json`; arrays and NaN are still to be made plain."""
   device = jax.devices()[0]
   return {
+    'status': status,
     'config': config.to_dict(),
     'versions': {
       'python': platform.python_version(),
@@ -191,26 +227,37 @@ def _result(config, histories):
     },
     'device': f'{device.platform} ({device.device_kind})',
     'said': sentences(config, histories),
-    'methods': {
-      name: {
-        'label': experiment.METHODS[name].label,
-        'test_accuracy_percent': interval(_final_accuracy(history))._asdict(),
-        'gradient_evaluations': float(history.gradient_evaluations[-1].mean()),
-        'history': {
-          key: _plain(value) for key, value in history._asdict().items()
-        },
-      }
-      for name, history in histories.items()
+    'methods': {name: _of_method(h) for name, h in histories.items()},
+  }
+
+
+def _of_method(history):
+  spent = history.gradient_evaluations
+  return {
+    'label': history.method.label,
+    'parallel': history.method.parallel,
+    'guidance': history.method.select,
+    'status': history.status,
+    'message': history.message,
+    'step': int(history.step[-1]) if len(history.step) else 0,
+    'gradient_evaluations': spent[-1] if len(spent) else None,
+    'test_accuracy': {
+      'validation_chosen': _of_chosen(chosen(history, 'validation')),
+      'last': _of_chosen(chosen(history, 'last')),
+      'best_over_epochs': _of_chosen(chosen(history, 'best')),
     },
   }
 
 
-def _plain(array):
-  """Nested lists; what is not finite is null, as JSON has no word for it."""
-  if array.ndim:
-    return [_plain(a) for a in array]
-  number = array.item()
-  return number if np.isfinite(number) else None
+def _of_chosen(found):
+  if found is None:
+    return None
+  measured = interval(found.test_accuracy)
+  return {
+    **measured._asdict(),
+    'values': found.test_accuracy,
+    'steps': found.step,
+  }
 
 
 def draw(
@@ -230,26 +277,43 @@ def draw(
   left.set(xlabel='updates', ylabel='test accuracy, %')
   right.set(xlabel='updates', yscale='log')
   right.set(ylabel=f'training loss (geometric mean; floor {_FLOOR:g})')
-  for i, (name, history) in enumerate(histories.items()):
+  for i, history in enumerate(histories.values()):
+    if not len(history.step):
+      continue
     style = dict(
       color=_COLOURS[i % len(_COLOURS)],
       linestyle=_DASHES[i % len(_DASHES)],
-      label=experiment.METHODS[name].label,
+      label=_in_legend(history),
     )
-    _band(left, history.updates, 100 * history.test_accuracy, style)
-    _band(right, history.updates, history.train_loss, style)
-  left.legend(loc='lower right', frameon=False)
+    _band(left, history.step, 100 * history.test_accuracy, style)
+    _band(right, history.step, history.train_loss, style)
+  if left.lines:
+    left.legend(loc='lower right', frameon=False)
   for axes in (left, right):
     axes.grid(alpha=0.25)
     axes.spines[['top', 'right']].set_visible(False)
     axes.margins(x=0)
-  figure.suptitle(
-    f'{config.dataset}, {config.workers} workers, batch {config.batch_size}, '
-    f'learning rate {config.learning_rate:g}: mean of {config.seeds} seeds, '
-    '95 % interval'
-  )
+  figure.suptitle(_title(config))
   figure.savefig(path, dpi=130)
   plt.close(figure)
+
+
+def _in_legend(history):
+  label = history.method.label
+  return label if _comparable(history) else f'{label} ({history.status})'
+
+
+def _title(config):
+  rate = config.learning_rate
+  words = [
+    pathlib.Path(config.dataset).name,
+    f'{config.workers} workers',
+    f'batch {config.batch_size}',
+    config.optimizer + ('' if rate is None else f' at {rate:g}'),
+  ]
+  if config.seeds == 1:
+    return f'{", ".join(words)}: one seed'
+  return f'{", ".join(words)}: mean of {config.seeds} seeds, 95 % interval'
 
 
 def _band(axes, updates, values, style):

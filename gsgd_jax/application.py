@@ -1,0 +1,277 @@
+"""`train.py`'s work: an experiment with its files, watched and interruptible.
+
+Training runs in a thread of its own and sends events; the main thread writes
+them down. So a signal is answered at once, whatever XLA is compiling or
+computing, and what has been measured is in the files by then.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import NamedTuple, TextIO
+
+import jax
+import ml_collections
+import tqdm
+
+from gsgd_jax import experiment, files, report
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_SIGNALS = tuple(
+  getattr(signal, name)
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+  if hasattr(signal, name)
+)
+_LINE_SECONDS = 10.0  # Between lines where nobody watches.
+_END = object()  # The last thing that the training thread sends.
+
+
+class _Interrupted(NamedTuple):
+  number: int
+
+
+def run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, began: float
+) -> int:
+  """Trains every method of a config, and leaves its files in a folder.
+
+  Args:
+    config: A config that ``experiment.check`` has passed.
+    workdir: A folder that holds no run.
+    began: When the program began, by ``time.perf_counter()``.
+
+  Returns:
+    The exit code: 0, or 1 if every method diverged, or 130 if a signal ended
+    it. Unless it is 0, threads may still be at work: leave by ``os._exit``.
+
+  Raises:
+    OSError: A file could not be written, say to a full disk. The files are
+      whole as far as they go.
+  """
+  if config.compilation_cache is not None:
+    _keep_compiled(config.compilation_cache)
+  inbox = queue.SimpleQueue()  # Its `put` may be called by a signal's handler.
+  results = experiment.Results(config)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_signals_to(inbox))
+    log = files.Log(workdir, config, began)
+    stack.callback(log.close)
+    listeners = [log, Watch(config, sys.stderr)]
+    stack.callback(listeners[-1].close)
+    if config.tensorboard:
+      listeners.append(_TensorBoard(workdir / 'tensorboard'))
+      stack.callback(listeners[-1].close)
+    enough = threading.Event()
+    stack.callback(enough.set)
+    _train_in_thread(config, workdir, inbox, enough)
+    from matplotlib import pyplot  # noqa: F401 (while others compile)
+
+    interrupted = _listen(inbox, results, listeners)
+  return _finish(config, workdir, results.histories(), interrupted)
+
+
+def _keep_compiled(folder):
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@contextlib.contextmanager
+def _signals_to(inbox):
+  """Sends signals to the inbox, but for those that were ignored already."""
+  before = {
+    number: signal.getsignal(number)
+    for number in _SIGNALS
+    if signal.getsignal(number) != signal.SIG_IGN
+  }
+  for number in before:
+    signal.signal(number, lambda n, frame: inbox.put(_Interrupted(n)))
+  try:
+    yield
+  finally:
+    # What follows takes a second, and is to be whole.
+    for number in before:
+      signal.signal(number, signal.SIG_IGN)
+
+
+def _train_in_thread(config, workdir, inbox, enough):
+  profile_to = workdir / 'profile' if config.profile else None
+
+  def train():
+    try:
+      for event in experiment.events(config, profile_to):
+        inbox.put((event, time.perf_counter()))
+        if enough.is_set():
+          return
+      inbox.put(_END)
+    except BaseException as e:  # For the main thread to raise.
+      inbox.put(e)
+
+  threading.Thread(target=train, name='training', daemon=True).start()
+
+
+def _listen(inbox, results, listeners):
+  """Hands events on until training ends; returns the signal that ended it."""
+  while True:
+    item = inbox.get()
+    if item is _END:
+      return None
+    if isinstance(item, _Interrupted):
+      return item
+    if isinstance(item, BaseException):
+      raise item
+    event, when = item
+    results.add(event)
+    for listener in listeners:
+      listener.add(event, when)
+
+
+def _finish(config, workdir, histories, interrupted):
+  """Writes and prints what came out; returns the exit code."""
+  status, code = 'completed', DONE
+  if interrupted is not None:
+    status, code = 'interrupted', INTERRUPTED
+  elif all(h.status == 'diverged' for h in histories.values()):
+    status, code = 'diverged', FAILED
+  files.write_json(
+    workdir / 'result.json', report.result(config, histories, status)
+  )
+  written = ['result.json']
+  if any(len(h.step) for h in histories.values()):
+    draw = lambda aside: report.draw(aside, config, histories)
+    files.write_whole(workdir / 'curves.png', draw)
+    written.append('curves.png')
+  if interrupted is not None:
+    name = signal.Signals(interrupted.number).name
+    say(f'train.py: interrupted ({name})', sys.stderr)
+  say('\n' + report.table(histories))
+  said = report.sentences(config, histories)
+  if said:
+    say('\n' + '\n'.join(said))
+  say('\n' + '\n'.join(str(workdir / name) for name in written))
+  return code
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+  """Prints; a reader that has gone away is no reason to stop a run."""
+  stream = sys.stdout if stream is None else stream
+  try:
+    print(text, file=stream, flush=True)
+  except OSError:
+    # Else the interpreter, on its way out, would fail to flush it.
+    with open(os.devnull, 'w') as nowhere:
+      os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class Watch:
+  """Progress: a bar on a terminal, elsewhere a line now and then.
+
+  Args:
+    config: The run's settings.
+    stream: Where to show it.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, stream: TextIO):
+    self._updates = config.updates
+    self._methods = [m.name for m in experiment.methods(config)]
+    self._total = config.updates * len(self._methods)
+    self._stream = stream
+    self._began = self._said = time.perf_counter()
+    self._accuracy = math.nan
+    self._start = None  # Of the method: time and step of its first progress.
+    self._bar = None
+    if stream.isatty():
+      self._bar = tqdm.tqdm(
+        total=self._total,
+        file=stream,
+        dynamic_ncols=True,
+        bar_format='{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}',
+      )
+
+  def add(self, event: experiment.Event, when: float) -> None:
+    """Shows an event."""
+    label = event.method.label
+    base = self._methods.index(event.method.name) * self._updates
+    if isinstance(event, experiment.Started):
+      self._accuracy, self._start = math.nan, None
+      self._move(base, f'{label} (compiling)', '')
+    elif isinstance(event, experiment.Evaluation):
+      self._accuracy = event.validation_accuracy.mean()
+    elif isinstance(event, experiment.Progress):
+      self._start = self._start or (when, event.step)
+      state = self._state(event, when, base + event.step)
+      self._move(base + event.step, label, state)
+      if when - self._said >= _LINE_SECONDS:
+        self._say(f'{label}: update {event.step:,}, {state}', when)
+    elif isinstance(event, experiment.Finished):
+      self._move(base + self._updates, label, '')
+      ended = event.message or f'{label}: {event.status.replace("_", " ")}'
+      self._say(ended, when, always=event.message is not None)
+
+  def _state(self, event, when, done):
+    words = [f'loss {event.loss:.3g}']
+    if not math.isnan(self._accuracy):
+      words.append(f'validation {self._accuracy:.1%}')
+    if not math.isnan(event.staleness):
+      words.append(f'staleness {event.staleness:.1f}')
+    began, step = self._start
+    if when > began and event.step > step:
+      rate = (event.step - step) / (when - began)
+      left = tqdm.tqdm.format_interval((self._total - done) / rate)
+      words += [f'{rate:,.0f} updates/s', f'{left} left']
+    return ', '.join(words)
+
+  def _move(self, done, label, state):
+    if self._bar is not None:
+      self._bar.set_description_str(label, refresh=False)
+      self._bar.set_postfix_str(state, refresh=False)
+      if not self._bar.update(done - self._bar.n) and not state:
+        self._bar.refresh()
+
+  def _say(self, text, when, always=False):
+    """A line of its own; beside a bar only what must be said."""
+    if self._bar is None:
+      self._said = when
+      elapsed = tqdm.tqdm.format_interval(when - self._began)
+      say(f'[{elapsed}] {text}', self._stream)
+    elif always:
+      self._bar.write(text, file=self._stream)
+
+  def close(self) -> None:
+    """Leaves the terminal tidy."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+class _TensorBoard:
+  """Means over the seeds, one run a method."""
+
+  def __init__(self, folder):
+    self._folder = folder
+    self._writers = {}
+
+  def add(self, event, when):
+    """Writes an evaluation."""
+    del when
+    if not isinstance(event, experiment.Evaluation):
+      return
+    import tensorboardX
+
+    name = event.method.name
+    if name not in self._writers:
+      self._writers[name] = tensorboardX.SummaryWriter(str(self._folder / name))
+    for field in experiment.MEASURED:
+      mean = getattr(event, field).mean()
+      if mean == mean:
+        self._writers[name].add_scalar(field, mean, event.step)
+
+  def close(self):
+    """Flushes what is written."""
+    for writer in self._writers.values():
+      writer.close()

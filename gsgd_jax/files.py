@@ -1,0 +1,167 @@
+"""The files of a run, each whole at any moment.
+
+| file            | holds                                                     |
+|-----------------|-----------------------------------------------------------|
+| `config.json`   | every setting, written before training begins             |
+| `metrics.jsonl` | a line for each evaluation of each method, as it happens  |
+| `timing.jsonl`  | when each of these lines was measured                     |
+| `result.json`   | test accuracies, status, versions; written at the end     |
+| `curves.png`    | the picture of them                                       |
+
+`docs/files.schema.json` describes every field. Only `timing.jsonl` depends on
+the clock: the other files of two equal runs on one machine are equal. JSON has
+no word for NaN or infinity: they are null.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from gsgd_jax import experiment
+
+NAMES = (
+  'config.json',
+  'metrics.jsonl',
+  'timing.jsonl',
+  'result.json',
+  'curves.png',
+)
+
+
+def of_a_run(workdir: pathlib.Path) -> str | None:
+  """The name of a run's file that a folder already holds, or None."""
+  return next((name for name in NAMES if (workdir / name).exists()), None)
+
+
+def fresh_folder(parent: pathlib.Path, name: str, now: str) -> pathlib.Path:
+  """Makes a fresh folder that sorts by time; never one that exists."""
+  for attempt in range(1000):
+    suffix = f'-{attempt + 1}' if attempt else ''
+    folder = parent / f'{now}{suffix}-{name}'
+    try:
+      folder.mkdir(parents=True)
+    except FileExistsError:
+      continue
+    return folder
+  raise FileExistsError(f'no fresh folder for {now} in {parent}')
+
+
+def write_whole(
+  path: pathlib.Path, make: Callable[[pathlib.Path], Any]
+) -> None:
+  """Lets `make` write a file aside and renames it: all of it or nothing."""
+  aside = path.with_name(f'.{path.stem}.partial{path.suffix}')
+  try:
+    make(aside)
+    with open(aside, 'rb') as file:
+      os.fsync(file.fileno())  # Its bytes are there before its name is.
+    os.replace(aside, path)
+  except OSError as e:
+    raise _named(e, path) from e
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a JSON file whole."""
+  text = json.dumps(plain(content), indent=2, allow_nan=False)
+  write_whole(path, lambda aside: aside.write_text(text + '\n'))
+
+
+def plain(value: Any) -> Any:
+  """What JSON can say of a value: lists, numbers, and null for NaN.
+
+  Examples:
+    >>> import numpy as np
+    >>> from gsgd_jax import files
+    >>> files.plain({'a': np.array([1.5, np.nan]), 'b': (1, None)})
+    {'a': [1.5, None], 'b': [1, None]}
+  """
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
+  if isinstance(value, dict):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+class Lines:
+  """A file of JSON lines that grows by whole lines."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    try:
+      self._file = open(path, 'xb', buffering=0)  # noqa: SIM115
+    except OSError as e:
+      raise _named(e, path) from e
+
+  def write(self, content: dict[str, Any]) -> None:
+    """Appends a line; where only a part of it finds room, none of it."""
+    line = json.dumps(plain(content), allow_nan=False).encode() + b'\n'
+    end = self._file.tell()
+    try:
+      while line:
+        line = line[self._file.write(line) :]
+    except OSError as e:
+      self._file.truncate(end)
+      raise _named(e, self._path) from e
+
+  def close(self) -> None:
+    """No more lines."""
+    self._file.close()
+
+
+def _named(error, path):
+  """The same error, that names the file it happened to."""
+  if error.errno is None:
+    return error
+  return OSError(error.errno, os.strerror(error.errno), str(path))
+
+
+class Log:
+  """Writes a run's `config.json`, `metrics.jsonl` and `timing.jsonl`.
+
+  Args:
+    workdir: A folder that holds no run.
+    config: The run's settings.
+    began: When the program began, by ``time.perf_counter()``.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, config: ml_collections.ConfigDict, began: float
+  ):
+    write_json(workdir / 'config.json', config.to_dict())
+    self._metrics = Lines(workdir / 'metrics.jsonl')
+    self._timing = Lines(workdir / 'timing.jsonl')
+    self._began = began
+    self._last = None
+
+  def add(self, event: experiment.Event, when: float) -> None:
+    """Writes what there is to write about an event at a time."""
+    if not isinstance(event, experiment.Evaluation):
+      return
+    line = {'method': event.method.name, 'step': event.step}
+    fields = ('epoch', *experiment.MEASURED)
+    self._metrics.write(line | {f: getattr(event, f) for f in fields})
+    rate = None
+    if event.step:  # Later than an evaluation of the same method.
+      before, step = self._last
+      rate = (event.step - step) / (when - before)
+    self._last = (when, event.step)
+    self._timing.write(
+      line | {'seconds': when - self._began, 'updates_per_second': rate}
+    )
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._metrics.close()
+    self._timing.close()

@@ -1,0 +1,165 @@
+"""What is said of measurements, and the picture of them."""
+
+import numpy as np
+import pytest
+
+from gsgd_jax import experiment, report, settings
+
+
+def config_of(*methods, **changes):
+  config = settings.default_config()
+  config.methods = methods
+  config.update(changes)
+  return config
+
+
+def histories_of(accuracies, **fields):
+  """Histories with made-up test accuracies, (evaluations, seeds) each."""
+  out = {}
+  for method in experiment.methods(config_of(*accuracies)):
+    accuracy = np.array(accuracies[method.name], np.float64)
+    step = np.arange(len(accuracy)) * 10
+    measured = {f: np.full(accuracy.shape, 0.5) for f in experiment.MEASURED}
+    measured['test_accuracy'] = accuracy
+    measured['gradient_evaluations'] = np.full(accuracy.shape, 1234)
+    measured.update({k: np.array(v) for k, v in fields.items()})
+    out[method.name] = experiment.History(
+      method, 'completed', None, step, step / 5, **measured
+    )
+  return out
+
+
+def test_interval_is_students():
+  # t with 2 degrees of freedom: 4.303; deviation 1; n = 3.
+  measured = report.interval(np.array([1.0, 2.0, 3.0]))
+  assert measured.mean == 2
+  np.testing.assert_allclose(measured.half_width, 4.30265 / 3**0.5, rtol=1e-5)
+  assert report.interval(np.array([5.0])) == (5.0, None)
+
+
+FOUR = {
+  'sequential': [[0.1] * 3, [0.9, 0.9, 0.92]],
+  'asynchronous': [[0.1] * 3, [0.8, 0.81, 0.82]],
+  'asynchronous+consistent': [[0.1] * 3, [0.9, 0.90, 0.91]],
+  'asynchronous+random': [[0.1] * 3, [0.89, 0.92, 0.90]],
+}
+
+
+def test_table_and_sentences_say_what_was_measured():
+  histories = histories_of(FOUR)
+  lines = report.table(histories).splitlines()
+  assert [line.split('  ')[0] for line in lines] == [
+    'method',
+    lines[1],
+    'sequential',
+    'asynchronous',
+    'asynchronous, guided',
+    'asynchronous, random replays',
+  ]
+  assert 'less asynchronous, paired' in lines[0]
+  assert '81.00 ± 2.48' in lines[3] and '1,234' in lines[3]
+  # Paired by seed: 10, 9, 10 points.
+  assert '+9.67 ± 1.43' in lines[2]
+  said = report.sentences(config_of(*FOUR), histories)
+  assert said[0] == (
+    'The delay of 16 workers changes test accuracy by -9.67 ± 1.43 points.'
+  )
+  assert said[1].startswith('Guided SGD changes that by +9.33')
+  assert said[2].startswith('Random replays, the control with as many')
+  assert said[3].startswith('Guided less random replays')
+  assert said[3].endswith('(no difference shown).')
+
+
+def test_methods_that_did_not_end_are_not_compared():
+  histories = histories_of(FOUR)
+  gone = histories['asynchronous']._replace(
+    status='diverged', message='asynchronous diverged: ...'
+  )
+  histories['asynchronous'] = gone
+  table = report.table(histories)
+  assert 'less' not in table.splitlines()[0]
+  (row,) = [r for r in table.splitlines() if r.startswith('asynchronous  ')]
+  assert row.split()[1:] == ['-', '-', '10', '1,234', 'diverged']
+  said = report.sentences(config_of(*FOUR), histories)
+  assert said[0] == 'asynchronous diverged: ....'
+  assert len(said) == 2 and said[1].startswith('Guided less random')
+
+
+def test_one_seed_has_no_interval():
+  histories = histories_of({'sequential': [[0.9]] * 2, 'delayed': [[0.8]] * 2})
+  said = report.sentences(config_of('sequential', 'delayed'), histories)
+  assert said == [
+    'A delay of 15 updates changes test accuracy by -10.00 points '
+    '(one seed: no interval).'
+  ]
+
+
+def test_chosen_evaluations():
+  """By hand: three seeds, four evaluations after step 0."""
+  (history,) = histories_of(
+    {
+      'sequential': [
+        [1.0, 1.0, 1.0],  # Before the first update: never chosen.
+        [0.1, 0.5, 0.3],
+        [0.2, 0.4, 0.3],
+        [0.3, 0.3, 0.9],
+        [0.4, 0.2, 0.3],
+      ]
+    },
+    validation_accuracy=[
+      [1.0, 1.0, 1.0],
+      [0.7, 0.6, 0.5],
+      [0.9, 0.6, 0.5],
+      [0.9, 0.6, 0.5],
+      [0.8, 0.5, 0.5],
+    ],
+    validation_loss=[
+      [0.0, 0.0, 0.0],
+      [0.0, 0.3, 0.2],
+      [0.5, 0.2, 0.2],
+      [0.4, 0.2, 0.2],
+      [0.0, 0.0, np.nan],
+    ],
+  ).values()
+  by_validation = report.chosen(history, 'validation')
+  # Highest accuracy and lowest loss; of equals the first.
+  assert by_validation.step.tolist() == [30, 20, 10]
+  assert by_validation.test_accuracy.tolist() == [0.3, 0.4, 0.3]
+  last = report.chosen(history, 'last')
+  assert last.step.tolist() == [40] * 3
+  assert last.test_accuracy.tolist() == [0.4, 0.2, 0.3]
+  best = report.chosen(history, 'best')
+  assert best.step.tolist() == [40, 10, 30]
+  assert best.test_accuracy.tolist() == [0.4, 0.5, 0.9]
+
+
+def test_nothing_to_choose():
+  (history,) = histories_of({'sequential': [[0.5, 0.5]]}).values()
+  for by in ('validation', 'last', 'best'):
+    assert report.chosen(history, by) is None  # Only step 0.
+  (history,) = histories_of(
+    {'sequential': [[0.5], [0.6]]}, validation_accuracy=[[np.nan]] * 2
+  ).values()
+  assert report.chosen(history, 'validation') is None
+  assert report.chosen(history, 'last').test_accuracy.tolist() == [0.6]
+
+
+@pytest.mark.parametrize('seeds', [1, 3])
+def test_a_picture_of_whatever_there_is(tmp_path, seeds):
+  """Losses that are not finite, a method that never began."""
+  histories = histories_of(
+    {
+      'sequential': [[0.5] * seeds, [0.6] * seeds],
+      'asynchronous': [[0.5] * seeds, [0.6] * seeds],
+    },
+    train_loss=[[1.0] * seeds, [np.inf] * seeds],
+  )
+  empty = histories['asynchronous']
+  histories['asynchronous'] = empty._replace(
+    status='not_started',
+    **{f: getattr(empty, f)[:0] for f in ('step', *experiment.MEASURED)},
+  )
+  path = tmp_path / 'curves.png'
+  with np.errstate(invalid='ignore'):
+    report.draw(path, config_of(seeds=seeds, learning_rate=None), histories)
+  assert path.read_bytes().startswith(b'\x89PNG')
