@@ -11,15 +11,13 @@ sequential 96.17 ± 1.18, ASGD 96.17 ± 1.35, guided 96.09 ± 1.32, random repla
 96.17 ± 1.18.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
+
+from gsgd_jax import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
-  default = pathlib.Path(__file__).with_name('default.py')
-  config = runpy.run_path(str(default))['get_config']()
+  config = settings.default_config()
   config.dataset = 'breast_cancer'
   config.model = 'softmax_regression'
   config.batch_size = 4
