@@ -58,22 +58,23 @@ def run(
     _keep_compiled(config.compilation_cache)
   inbox = queue.SimpleQueue()  # Its `put` may be called by a signal's handler.
   results = experiment.Results(config)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(_signals_to(inbox))
-    log = files.Log(workdir, config, began)
-    stack.callback(log.close)
-    listeners = [log, Watch(config, sys.stderr)]
-    stack.callback(listeners[-1].close)
-    if config.tensorboard:
-      listeners.append(_TensorBoard(workdir / 'tensorboard'))
+  with _signals_to(inbox):
+    with contextlib.ExitStack() as stack:
+      log = files.Log(workdir, config, began)
+      stack.callback(log.close)
+      listeners = [log, Watch(config, sys.stderr)]
       stack.callback(listeners[-1].close)
-    enough = threading.Event()
-    stack.callback(enough.set)
-    _train_in_thread(config, workdir, inbox, enough)
-    from matplotlib import pyplot  # noqa: F401 (while others compile)
+      if config.tensorboard:
+        listeners.append(_TensorBoard(workdir / 'tensorboard'))
+        stack.callback(listeners[-1].close)
+      enough = threading.Event()
+      stack.callback(enough.set)
+      _train_in_thread(config, workdir, inbox, enough)
+      from matplotlib import pyplot  # noqa: F401 (while others compile)
 
-    interrupted = _listen(inbox, results, listeners)
-  return _finish(config, workdir, results.histories(), interrupted)
+      interrupted = _listen(inbox, results, listeners)
+    # A signal that comes now is put into an inbox that nobody reads any more.
+    return _finish(config, workdir, results.histories(), interrupted)
 
 
 def _keep_compiled(folder):
@@ -95,9 +96,8 @@ def _signals_to(inbox):
   try:
     yield
   finally:
-    # What follows takes a second, and is to be whole.
-    for number in before:
-      signal.signal(number, signal.SIG_IGN)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def _train_in_thread(config, workdir, inbox, enough):

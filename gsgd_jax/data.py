@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gsgd_jax import sources
+from gsgd_jax import settings, sources
 
 
 class Examples(NamedTuple):
@@ -80,10 +80,13 @@ def load(
     >>> print(*(len(s.labels) for s in digits[2:]), len(digits.classes))
     1078 359 360 10
   """
+  settings.one_of('preprocessing', preprocessing, _PREPROCESSING)
+  if not 0 <= label_noise <= 1:
+    raise ValueError(f'label_noise must be from 0 to 1, got {label_noise}')
   source = sources.read(name, target)
   order = np.random.default_rng([seed, _SPLIT]).permutation(len(source.labels))
   rows = _split(name, order, train_share, validation_share)
-  scale = {'standard': _standard, 'author': _author}[preprocessing]
+  scale = _PREPROCESSING[preprocessing]
   inputs = scale(source.inputs, rows[0]).astype(np.float32)
   splits = [
     Examples(inputs[r], source.labels[r]) if len(r) else None for r in rows
@@ -114,9 +117,11 @@ def _split(name, order, train_share, validation_share):
 
 
 def _standard(inputs, train_rows):
-  mean = inputs[train_rows].mean(axis=0)
-  deviation = inputs[train_rows].std(axis=0)
-  return (inputs - mean) / np.where(deviation > 0, deviation, 1)
+  rows = inputs[train_rows]
+  # Of equal numbers the mean may be another, and the deviation not 0.
+  constant = rows.min(axis=0) == rows.max(axis=0)
+  centre = np.where(constant, rows[0], rows.mean(axis=0))
+  return (inputs - centre) / np.where(constant, 1, rows.std(axis=0))
 
 
 def _author(inputs, train_rows):
@@ -125,6 +130,9 @@ def _author(inputs, train_rows):
   low, high = inputs.min(axis=0), inputs.max(axis=0)
   inputs = (inputs - low) / np.where(high > low, high - low, 1)
   return np.column_stack([np.ones(len(inputs)), inputs])
+
+
+_PREPROCESSING = {'standard': _standard, 'author': _author}
 
 
 def _noisy(train, classes, share, seed):

@@ -12,13 +12,17 @@ sets of them. A file is in one of two formats, both checked line by line:
 import contextlib
 import csv
 import functools
+import http.client
+import io
 import os
 import pathlib
 import socket
+import urllib.error
 import warnings
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse
 
 from gsgd_jax import settings
 
@@ -30,6 +34,7 @@ BUNDLED = {
 }
 _OPENML = 'openml:'
 _TIMEOUT = 30  # Seconds that a silent server is waited for.
+_MOST = 2**53  # Whole numbers beyond it are not told apart.
 
 
 class Source(NamedTuple):
@@ -53,7 +58,8 @@ def read(dataset: str, target: str | None = None) -> Source:
       an OpenML set's, which has a default. None otherwise.
 
   Returns:
-    A ``Source``.
+    A ``Source``; a later call returns the same one, without reading again.
+    Nominal features of OpenML sets are numbered in the order of their values.
 
   Raises:
     ValueError: The name is unknown; the file is malformed (the line is named),
@@ -123,8 +129,8 @@ def _file(path, target):
   if not text.strip():
     raise ValueError(f'{path} is empty')
   if target is None:
-    return _author_format(path, text.splitlines())
-  return _csv(path, text.splitlines(keepends=True), target)
+    return _author_format(path, text.split('\n'))
+  return _csv(path, text, target)
 
 
 def _author_format(path, lines):
@@ -149,7 +155,7 @@ def _author_format(path, lines):
   values = _numbers(path, cells, names)
   classes = values[:, -1]
   for (i, _), label in zip(cells, classes, strict=True):
-    if label != round(label):
+    if label != round(label) or abs(label) >= _MOST:
       raise ValueError(
         f'{path}, line {i}: the class, a whole number, should stand last, got '
         f'{label:g}'
@@ -157,19 +163,24 @@ def _author_format(path, lines):
   return _source(values[:, :-1], classes.astype(np.int64))
 
 
-def _csv(path, lines, target):
-  reader = csv.reader(lines, strict=True)
+def _csv(path, text, target):
+  reader = csv.reader(io.StringIO(text), strict=True)
   try:
     rows = [
       (reader.line_num, row) for row in reader if any(map(str.strip, row))
     ]
   except csv.Error as e:
     raise ValueError(f'{path}, line {reader.line_num}: {e}') from None
+  if not rows:
+    raise ValueError(f'{path} is empty')
   header = [name.strip() for name in rows[0][1]]
   if target not in header:
+    hint = settings.nearest(target, header)
+    if len(header) == 1:
+      hint = '; a file that is no CSV with a header needs no target'
     raise ValueError(
       f'{path} has no column {target}; its columns are '
-      f'{_short(", ".join(header))}' + settings.nearest(target, header)
+      f'{_short(", ".join(header))}{hint}'
     )
   for name in header:
     if header.count(name) > 1:
@@ -183,7 +194,17 @@ def _csv(path, lines, target):
       raise ValueError(f'{path}, line {i}: the class is missing')
   features = [(i, row[:column] + row[column + 1 :]) for i, row in cells]
   names = [f'column {name}' for name in header if name != target]
-  return _source(_numbers(path, features, names), np.array(labels))
+  return _source(_numbers(path, features, names), _ordered(labels))
+
+
+def _ordered(labels):
+  """Labels that sort as numbers if they are whole numbers, else as text."""
+  labels = np.array(labels)
+  with contextlib.suppress(ValueError):
+    values = labels.astype(np.float64)
+    if np.all((np.abs(values) < _MOST) & (values == np.round(values))):
+      return values.astype(np.int64)
+  return labels
 
 
 def _same_width(path, rows, columns):
@@ -234,7 +255,7 @@ def _source(inputs, labels):
 
 def _openml(dataset, target):
   name, _, version = dataset.removeprefix(_OPENML).partition(':')
-  if not name or not (version.isdecimal() or not version):
+  if not name or (version and not (version.isdecimal() and int(version))):
     raise ValueError(
       f'dataset must be openml:NAME or openml:NAME:VERSION, got {dataset!r}'
     )
@@ -244,15 +265,26 @@ def _openml(dataset, target):
       f'{dataset} has no default target; name one of its columns by '
       '--config.target=COLUMN'
     )
-  inputs = np.asarray(bunch.data, np.float64)
+  labels = np.asarray(bunch.target)
+  if labels.ndim > 1:
+    raise ValueError(
+      f'{dataset} has more than one default target; name one of its columns by '
+      '--config.target=COLUMN'
+    )
+  inputs = bunch.data
+  if scipy.sparse.issparse(inputs):
+    inputs = inputs.toarray()
+  inputs = np.asarray(inputs, np.float64)
   bad = np.argwhere(~np.isfinite(inputs))
   if len(bad):
     row, column = bad[0]
+    given = inputs[row, column]
+    given = 'a missing value' if np.isnan(given) else f'{given:g}'
     raise ValueError(
       f'{dataset}, example {row + 1}, column {bunch.feature_names[column]}: '
-      'a finite number should stand here, got a missing value'
+      f'a finite number should stand here, got {given}'
     )
-  return _source(inputs, np.asarray(bunch.target).astype(str))
+  return _source(inputs, _ordered(labels.astype(str)))
 
 
 def _fetch(dataset, name, version, target):
@@ -271,14 +303,19 @@ def _fetch(dataset, name, version, target):
         parser='liac-arff',
         n_retries=1,
       )
-  except OSError as e:
-    reason = getattr(e, 'reason', None) or e
+  except (OSError, http.client.HTTPException) as e:
+    reason = str(getattr(e, 'reason', None) or e) or type(e).__name__
+    offline = (urllib.error.URLError, TimeoutError, ConnectionError)
+    answered = isinstance(e, urllib.error.HTTPError)
+    if isinstance(e, offline) and not answered:
+      reason = f'a network connection is needed ({reason})'
     raise ValueError(
       f'{dataset} is not in the cache ({sklearn.datasets.get_data_home()}) and '
-      f'cannot be fetched: a network connection is needed ({reason})'
+      f'cannot be fetched: {reason}'
     ) from e
   except (KeyError, ValueError) as e:
     reason = str(e.args[0] if e.args else e).splitlines()[0]
+    reason = reason.partition(' Try as_frame')[0]
     raise ValueError(f'{dataset} cannot be read: {reason}') from e
   finally:
     socket.setdefaulttimeout(timeout)

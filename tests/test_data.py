@@ -207,9 +207,6 @@ def test_only_training_rows_standardise():
   assert np.abs(dataset.test.inputs.mean(axis=0)).max() > 0.01
 
 
-@pytest.mark.xfail(
-  strict=True, reason='0.1 ten times has a standard deviation of 1e-17'
-)
 def test_a_constant_feature_that_is_no_binary_fraction(save):
   inputs = np.column_stack([np.arange(20), np.full(20, 0.1)])
   labels = [0, 1] * 10

@@ -256,14 +256,12 @@ def test_a_header_without_target_points_to_it(read, path):
   )
 
 
-@pytest.mark.xfail(strict=True, reason='other separators count as lines')
 @pytest.mark.parametrize('separator', '\x0b\x0c\x1c\x85\u2028')
 def test_only_line_ends_count_as_lines(read, separator):
   with pytest.raises(ValueError, match='line 3, column 1: '):
     read(f'2\n1,0{separator}\nx,1\n')
 
 
-@pytest.mark.xfail(strict=True, reason='is cast to int64, or rounded')
 @pytest.mark.parametrize('label', ['1e30', str(2**53 + 1)])
 def test_a_class_that_no_float_tells_apart(read, label):
   with pytest.raises(ValueError, match='line 3: the class'):
@@ -411,16 +409,12 @@ def test_as_many_classes_as_half_the_examples(read):
   assert read(text + '6,z\n', 'kind').classes == ('x', 'y', 'z')
 
 
-@pytest.mark.xfail(
-  raises=IndexError, strict=True, reason='no row is left to be the header'
-)
 @pytest.mark.parametrize('text', [',\n,,\n', '""\n'])
 def test_a_csv_file_of_empty_cells(read, text):
   with pytest.raises(ValueError, match=r'is empty|has no column kind'):
     read(text, 'kind')
 
 
-@pytest.mark.xfail(strict=True, reason='other separators end rows')
 @pytest.mark.parametrize('separator', '\x0b\x0c\x1c\x85\u2028')
 def test_only_line_ends_end_rows(read, separator):
   text = f'kind,a\nx{separator}y,1\nz,2\n'
@@ -692,7 +686,6 @@ def test_malformed_name_of_openml(network, name):
   assert not network.timeouts
 
 
-@pytest.mark.xfail(strict=True, reason='reaches np.asarray')
 def test_a_sparse_set_of_openml(cache):
   text = PETS.split('@data')[0] + '@data\n'
   text += '{0 1.5, 2 dog}\n{1 large, 2 cat}\n' * 2
@@ -703,7 +696,6 @@ def test_a_sparse_set_of_openml(cache):
     assert str(error).startswith('openml:pets ')
 
 
-@pytest.mark.xfail(strict=True, reason='labels of shape (n, 2)')
 def test_a_set_of_openml_with_two_targets(cache):
   text = PETS.replace("{cat,dog,'guinea pig'}", '{small,large}')
   text = text.split('@data')[0] + '@data\n'
@@ -712,7 +704,6 @@ def test_a_set_of_openml_with_two_targets(cache):
   fails('openml:pets', match='openml:pets has more than one default target')
 
 
-@pytest.mark.xfail(strict=True, reason='no OSError')
 @pytest.mark.parametrize(
   'error', [http.client.IncompleteRead(b''), http.client.InvalidURL('a b')]
 )
