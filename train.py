@@ -29,7 +29,7 @@ def _interrupted(number, frame):
 
 
 if __name__ == '__main__':
-  for _number in (signal.SIGINT, signal.SIGTERM):
+  for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_number) != signal.SIG_IGN:
       signal.signal(_number, _interrupted)
 
@@ -47,6 +47,8 @@ _WANTED = {
   'invalid literal for int': 'an integer',
   'could not convert string to float': 'a number',
   'Non-boolean argument': 'True or False',
+  'Error while parsing string': 'values with commas between them',
+  'Failed to parse': 'a dict of arguments',
 }
 
 
@@ -57,7 +59,8 @@ def _bad_input():
     yield
   except OSError as e:
     reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
-    _fail(reason.strip().splitlines()[-1])
+    reason = reason.strip().splitlines()[-1]
+    _fail(reason.rpartition('earlier failure to load: ')[2])
   except flags.IllegalFlagValueError as e:
     _fail(_illegal_value(str(e)))
   except (flags.Error, TypeError, ValueError) as e:
@@ -71,7 +74,10 @@ def _illegal_value(text):
     for how, wanted in _WANTED.items():
       if how in reason:
         return f'{name} must be {wanted}, got {given!r}'
-  return text.splitlines()[0]
+  lines = text.strip().splitlines()
+  if 'Error whilst parsing config file' in text:
+    return f'cannot load the config: {lines[-1]}'
+  return lines[0]
 
 
 @contextlib.contextmanager
@@ -82,7 +88,7 @@ def _bad_config():
       yield
   except KeyError as e:  # --config.nosuch.name=1
     _fail(f'the config has no setting {str(e.args[0]).splitlines()[0]}')
-  except Exception as e:
+  except BaseException as e:  # A config file may even exit.
     reason = str(e).strip().splitlines()
     _fail(
       f'cannot load the config: {type(e).__name__}: '
@@ -92,9 +98,10 @@ def _bad_config():
 
 def _fail(sentence, code=2):
   print(f'train.py: {sentence.strip()}', file=sys.stderr, flush=True)
-  os._exit(code) if code != 2 else sys.exit(code)
+  os._exit(code)  # Whatever a config file, or XLA, still has in hand.
 
 
+logging.set_verbosity(logging.ERROR)
 with _bad_config():  # ml_collections reads the command line here.
   _CONFIG = config_flags.DEFINE_config_file(
     'config',
@@ -115,12 +122,14 @@ def main(argv):
   """Checks the input, then trains."""
   from gsgd_jax import application, experiment, files  # --help needs no JAX.
 
-  logging.set_verbosity(logging.WARNING)
   with _bad_input():
     if len(argv) > 1:
       raise ValueError(f'unexpected argument {argv[1]!r}; options begin with -')
     config = _CONFIG.value
+    hasattr(config, 'to_dict')  # Raises where the file could not be loaded.
     experiment.check(config)
+    if config.compilation_cache is not None:
+      pathlib.Path(config.compilation_cache).mkdir(parents=True, exist_ok=True)
     workdir = _make_workdir(files)
   application.say(f'writing to {workdir}')
   try:

@@ -26,7 +26,15 @@ import optax
 from absl import app, flags
 
 from benchmarks import timing
-from gsgd_jax import experiment, models, settings, worker_params
+from gsgd_jax import (
+  events,
+  experiment,
+  models,
+  settings,
+  training,
+  transformation,
+  worker_params,
+)
 
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds that are timed.')
 _TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
@@ -35,11 +43,11 @@ _TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 def bare_scan(config, method, model, datasets):
   """A compiled `(seeds, params, arrays, rows) -> params`."""
   loss_fn = models.cross_entropy(model)
-  batch_like = experiment._batch_like(config, datasets[0])
-  filling = experiment._filling(config, method)
+  batch_like = transformation.batch_like_of(config, datasets[0])
+  filling = transformation.filling_calls(config, method)
 
   def run(seed, params, arrays, rows):
-    tx = experiment.make_transformation(
+    tx = transformation.make_transformation(
       config, method, loss_fn, batch_like, seed
     )
     train = arrays[0]
@@ -73,12 +81,12 @@ def bare_scan(config, method, model, datasets):
 
 def all_rows(config, method, datasets):
   """Rows of every call of a run."""
-  filling = experiment._filling(config, method)
+  filling = transformation.filling_calls(config, method)
   calls = config.updates + filling
   pieces = []
-  for first in range(0, calls, experiment._padded(config)):
-    length = min(experiment._padded(config), calls - first)
-    rows = experiment._rows(config, method, datasets, first, length, filling)
+  for first in range(0, calls, training._padded(config)):
+    length = min(training._padded(config), calls - first)
+    rows = training._rows(config, method, datasets, first, length, filling)
     pieces.append(jax.tree.map(lambda r, n=length: r[:, :n], rows))
   return jax.tree.map(lambda *r: np.concatenate(r, axis=1), *pieces)
 
@@ -91,7 +99,7 @@ def make_bare(config):
   params = experiment._initial_params(model, config.seeds)
   seeds = jnp.arange(config.seeds)
   out = {}
-  for method in experiment.methods(config):
+  for method in events.methods(config):
     run = bare_scan(config, method, model, datasets)
     rows = jax.device_put(all_rows(config, method, datasets))
     compiled = run.lower(seeds, params, arrays, rows).compile()

@@ -20,7 +20,7 @@ import jax
 import ml_collections
 import tqdm
 
-from gsgd_jax import experiment, files, report
+from gsgd_jax import events, experiment, files, report
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _SIGNALS = tuple(
@@ -36,6 +36,10 @@ class _Interrupted(NamedTuple):
   number: int
 
 
+class _Failed(NamedTuple):
+  error: BaseException
+
+
 def run(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, began: float
 ) -> int:
@@ -47,8 +51,9 @@ def run(
     began: When the program began, by ``time.perf_counter()``.
 
   Returns:
-    The exit code: 0, or 1 if every method diverged, or 130 if a signal ended
-    it. Unless it is 0, threads may still be at work: leave by ``os._exit``.
+    The exit code: 0; 1 if every method diverged, or memory or the like ran
+    out; 130 if a signal ended it. Unless it is 0, threads may still be at work:
+    leave by ``os._exit``.
 
   Raises:
     OSError: A file could not be written, say to a full disk. The files are
@@ -57,7 +62,7 @@ def run(
   if config.compilation_cache is not None:
     _keep_compiled(config.compilation_cache)
   inbox = queue.SimpleQueue()  # Its `put` may be called by a signal's handler.
-  results = experiment.Results(config)
+  results = events.Results(config)
   with _signals_to(inbox):
     with contextlib.ExitStack() as stack:
       log = files.Log(workdir, config, began)
@@ -72,9 +77,9 @@ def run(
       _train_in_thread(config, workdir, inbox, enough)
       from matplotlib import pyplot  # noqa: F401 (while others compile)
 
-      interrupted = _listen(inbox, results, listeners)
+      ended_by = _listen(inbox, results, listeners)
     # A signal that comes now is put into an inbox that nobody reads any more.
-    return _finish(config, workdir, results.histories(), interrupted)
+    return _finish(config, workdir, results, ended_by)
 
 
 def _keep_compiled(folder):
@@ -105,38 +110,41 @@ def _train_in_thread(config, workdir, inbox, enough):
 
   def train():
     try:
-      for event in experiment.events(config, profile_to):
+      for event in experiment.stream(config, profile_to):
         inbox.put((event, time.perf_counter()))
         if enough.is_set():
           return
       inbox.put(_END)
     except BaseException as e:  # For the main thread to raise.
-      inbox.put(e)
+      inbox.put(_Failed(e))
 
   threading.Thread(target=train, name='training', daemon=True).start()
 
 
 def _listen(inbox, results, listeners):
-  """Hands events on until training ends; returns the signal that ended it."""
+  """Hands events on until training ends; returns what ended it, if not it."""
   while True:
     item = inbox.get()
     if item is _END:
       return None
-    if isinstance(item, _Interrupted):
+    if isinstance(item, _Interrupted | _Failed):
       return item
-    if isinstance(item, BaseException):
-      raise item
     event, when = item
     results.add(event)
     for listener in listeners:
       listener.add(event, when)
 
 
-def _finish(config, workdir, histories, interrupted):
+def _finish(config, workdir, results, ended_by):
   """Writes and prints what came out; returns the exit code."""
+  if isinstance(ended_by, _Failed):
+    results.fail(_reason(ended_by.error))
+  histories = results.histories()
   status, code = 'completed', DONE
-  if interrupted is not None:
+  if isinstance(ended_by, _Interrupted):
     status, code = 'interrupted', INTERRUPTED
+  elif isinstance(ended_by, _Failed):
+    status, code = 'failed', FAILED
   elif all(h.status == 'diverged' for h in histories.values()):
     status, code = 'diverged', FAILED
   files.write_json(
@@ -147,15 +155,26 @@ def _finish(config, workdir, histories, interrupted):
     draw = lambda aside: report.draw(aside, config, histories)
     files.write_whole(workdir / 'curves.png', draw)
     written.append('curves.png')
-  if interrupted is not None:
-    name = signal.Signals(interrupted.number).name
+  if status == 'interrupted':
+    name = signal.Signals(ended_by.number).name
     say(f'train.py: interrupted ({name})', sys.stderr)
+  elif status == 'failed':
+    say(f'train.py: cannot go on: {_reason(ended_by.error)}', sys.stderr)
   say('\n' + report.table(histories))
   said = report.sentences(config, histories)
   if said:
     say('\n' + '\n'.join(said))
   say('\n' + '\n'.join(str(workdir / name) for name in written))
   return code
+
+
+def _reason(error):
+  """What stopped training, in a line; what is no one's fault is raised."""
+  known = (jax.errors.JaxRuntimeError, MemoryError, OSError)
+  if not isinstance(error, known):
+    raise error
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -179,7 +198,7 @@ class Watch:
 
   def __init__(self, config: ml_collections.ConfigDict, stream: TextIO):
     self._updates = config.updates
-    self._methods = [m.name for m in experiment.methods(config)]
+    self._methods = [m.name for m in events.methods(config)]
     self._total = config.updates * len(self._methods)
     self._stream = stream
     self._began = self._said = time.perf_counter()
@@ -194,22 +213,22 @@ class Watch:
         bar_format='{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}',
       )
 
-  def add(self, event: experiment.Event, when: float) -> None:
+  def add(self, event: events.Event, when: float) -> None:
     """Shows an event."""
     label = event.method.label
     base = self._methods.index(event.method.name) * self._updates
-    if isinstance(event, experiment.Started):
+    if isinstance(event, events.Started):
       self._accuracy, self._start = math.nan, None
       self._move(base, f'{label} (compiling)', '')
-    elif isinstance(event, experiment.Evaluation):
+    elif isinstance(event, events.Evaluation):
       self._accuracy = event.validation_accuracy.mean()
-    elif isinstance(event, experiment.Progress):
+    elif isinstance(event, events.Progress):
       self._start = self._start or (when, event.step)
       state = self._state(event, when, base + event.step)
       self._move(base + event.step, label, state)
       if when - self._said >= _LINE_SECONDS:
         self._say(f'{label}: update {event.step:,}, {state}', when)
-    elif isinstance(event, experiment.Finished):
+    elif isinstance(event, events.Finished):
       self._move(base + self._updates, label, '')
       ended = event.message or f'{label}: {event.status.replace("_", " ")}'
       self._say(ended, when, always=event.message is not None)
@@ -259,16 +278,16 @@ class _TensorBoard:
   def add(self, event, when):
     """Writes an evaluation."""
     del when
-    if not isinstance(event, experiment.Evaluation):
+    if not isinstance(event, events.Evaluation):
       return
     import tensorboardX
 
     name = event.method.name
     if name not in self._writers:
       self._writers[name] = tensorboardX.SummaryWriter(str(self._folder / name))
-    for field in experiment.MEASURED:
+    for field in events.MEASURED:
       mean = getattr(event, field).mean()
-      if mean == mean:
+      if not math.isnan(mean):
         self._writers[name].add_scalar(field, mean, event.step)
 
   def close(self):

@@ -31,6 +31,7 @@ class Dataset(NamedTuple):
 
 # What a generator is seeded with beside the user's seed.
 _SPLIT, _BATCH, _VERIFICATION, _NOISE = range(4)
+MOST_VERIFICATION = 100  # Examples in a sample.
 _BLOCK = 64  # Verification samples drawn by one generator.
 
 
@@ -87,7 +88,13 @@ def load(
   order = np.random.default_rng([seed, _SPLIT]).permutation(len(source.labels))
   rows = _split(name, order, train_share, validation_share)
   scale = _PREPROCESSING[preprocessing]
-  inputs = scale(source.inputs, rows[0]).astype(np.float32)
+  with np.errstate(all='ignore'):
+    inputs = scale(source.inputs, rows[0]).astype(np.float32)
+  if not np.isfinite(inputs).all():
+    raise ValueError(
+      f'{name} holds numbers too large to be scaled, up to '
+      f'{np.abs(source.inputs).max():g}'
+    )
   splits = [
     Examples(inputs[r], source.labels[r]) if len(r) else None for r in rows
   ]
@@ -186,7 +193,7 @@ def verification_size(examples: int) -> int:
     >>> print(data.verification_size(341), data.verification_size(10**6))
     34 100
   """
-  return max(1, min(100, examples // 10))
+  return max(1, min(MOST_VERIFICATION, examples // 10))
 
 
 def verification_rows(examples: int, seed: int, step: int) -> np.ndarray:

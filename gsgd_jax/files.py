@@ -13,6 +13,7 @@ the clock: the other files of two equal runs on one machine are equal. JSON has
 no word for NaN or infinity: they are null.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gsgd_jax import experiment
+from gsgd_jax import events
 
 NAMES = (
   'config.json',
@@ -63,7 +64,7 @@ def write_whole(
       os.fsync(file.fileno())  # Its bytes are there before its name is.
     os.replace(aside, path)
   except OSError as e:
-    raise _named(e, path) from e
+    raise named(e, path) from e
   finally:
     aside.unlink(missing_ok=True)
 
@@ -102,7 +103,7 @@ class Lines:
     try:
       self._file = open(path, 'xb', buffering=0)  # noqa: SIM115
     except OSError as e:
-      raise _named(e, path) from e
+      raise named(e, path) from e
 
   def write(self, content: dict[str, Any]) -> None:
     """Appends a line; where only a part of it finds room, none of it."""
@@ -112,15 +113,16 @@ class Lines:
       while line:
         line = line[self._file.write(line) :]
     except OSError as e:
-      self._file.truncate(end)
-      raise _named(e, self._path) from e
+      with contextlib.suppress(OSError):
+        self._file.truncate(end)
+      raise named(e, self._path) from e
 
   def close(self) -> None:
     """No more lines."""
     self._file.close()
 
 
-def _named(error, path):
+def named(error: OSError, path: pathlib.Path) -> OSError:
   """The same error, that names the file it happened to."""
   if error.errno is None:
     return error
@@ -139,18 +141,19 @@ class Log:
   def __init__(
     self, workdir: pathlib.Path, config: ml_collections.ConfigDict, began: float
   ):
-    write_json(workdir / 'config.json', config.to_dict())
+    # First what fails if another run has just begun here.
     self._metrics = Lines(workdir / 'metrics.jsonl')
+    write_json(workdir / 'config.json', config.to_dict())
     self._timing = Lines(workdir / 'timing.jsonl')
     self._began = began
     self._last = None
 
-  def add(self, event: experiment.Event, when: float) -> None:
+  def add(self, event: events.Event, when: float) -> None:
     """Writes what there is to write about an event at a time."""
-    if not isinstance(event, experiment.Evaluation):
+    if not isinstance(event, events.Evaluation):
       return
     line = {'method': event.method.name, 'step': event.step}
-    fields = ('epoch', *experiment.MEASURED)
+    fields = ('epoch', *events.MEASURED)
     self._metrics.write(line | {f: getattr(event, f) for f in fields})
     rate = None
     if event.step:  # Later than an evaluation of the same method.

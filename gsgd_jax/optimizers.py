@@ -18,7 +18,9 @@ import optax.contrib
 
 from gsgd_jax import settings
 
+_LOOKED_AT = 10_000  # Arrivals, in a check.
 _RATES = ('learning_rate', 'max_learning_rate')
+_UNSCHEDULED = ('rprop',)
 _ALIASES = {
   'momentum': dict(momentum=0.9),
   'nesterov': dict(momentum=0.9, nesterov=True),
@@ -114,10 +116,15 @@ def make(
     try:
       tx = factory(**rated, **kwargs)
     except Exception as e:  # Whatever it raises, it is the arguments.
-      raise ValueError(f'optimizer {name} refuses its arguments: {e}') from e
+      raise _refusal(f'optimizer {name}', e) from e
     return optax.with_extra_args_support(tx)
 
   scheduled = callable(learning_rate)
+  if scheduled and name in _UNSCHEDULED:
+    raise ValueError(
+      f'optimizer {name} looks at its rate once, in the beginning: it takes '
+      'no schedule and no warm-up'
+    )
   fixed = at(learning_rate(0) if scheduled else learning_rate)
 
   def update_fn(updates, state, params=None, *, arrival=None, **extra_args):
@@ -131,8 +138,17 @@ def make(
   return optax.GradientTransformationExtraArgs(fixed.init, update_fn)
 
 
+def _refusal(who, error):
+  return ValueError(f'{who} refuses its arguments: {_first_line(error)}')
+
+
+def _first_line(error):
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__
+
+
 def _check_arguments(who, kwargs, parameters, rate, learning_rate):
-  if rate in kwargs:
+  if rate and any(r in kwargs for r in _RATES):
     raise ValueError(f'{who}: its rate is the setting learning_rate')
   anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
   for given in kwargs:
@@ -161,7 +177,7 @@ def make_schedule(
 
   .. math::
 
-    \eta(t) = \begin{cases} \eta\, t / W & t < W \\
+    \eta(t) = \begin{cases} \eta\, (t + 1) / W & t < W \\
     \mathrm{schedule}(t - W) & \text{else} \end{cases}
 
   Arguments that are not given follow from the run: the schedule's initial (or
@@ -176,7 +192,7 @@ def make_schedule(
     arrivals: Arrivals in the run, at least 1.
     kwargs: The schedule's arguments. ``boundaries_and_scales`` may be a
       sequence of pairs.
-    warmup: :math:`W`, arrivals over which the rate rises from 0, less than
+    warmup: :math:`W`, arrivals over which the rate rises, less than
       ``arrivals``.
 
   Returns:
@@ -190,7 +206,7 @@ def make_schedule(
     >>> from gsgd_jax import optimizers
     >>> rate = optimizers.make_schedule('cosine_decay', 0.4, 120, warmup=20)
     >>> print(*(f'{rate(t):.2f}' for t in (0, 10, 20, 70, 119)))
-    0.00 0.20 0.40 0.20 0.00
+    0.02 0.22 0.40 0.20 0.00
   """
   known = schedule_names()
   full = name if name in known else f'{name}_schedule'
@@ -202,7 +218,13 @@ def make_schedule(
   factory = getattr(optax, full)
   parameters = inspect.signature(factory).parameters
   if isinstance(given.get('boundaries_and_scales'), (tuple, list)):
-    given['boundaries_and_scales'] = dict(given['boundaries_and_scales'])
+    try:
+      given['boundaries_and_scales'] = dict(given['boundaries_and_scales'])
+    except (TypeError, ValueError):
+      raise ValueError(
+        'boundaries_and_scales must hold pairs of an arrival and a factor, got '
+        f'{given["boundaries_and_scales"]!r}'
+      ) from None
   own_warmup = {'peak_value', 'warmup_steps'} <= set(parameters)
   defaults = dict(
     value=learning_rate,
@@ -222,26 +244,36 @@ def make_schedule(
   try:
     schedule = factory(**arguments)
     if warmup:
-      rise = optax.linear_schedule(0.0, learning_rate, warmup)
+      # Not from 0: some optimizers never recover from a step of no length.
+      least = learning_rate / warmup
+      rise = optax.linear_schedule(least, learning_rate, max(1, warmup - 1))
       schedule = optax.join_schedules([rise, schedule], [warmup])
   except Exception as e:  # Whatever it raises, it is the arguments.
-    raise ValueError(f'schedule {full} refuses its arguments: {e}') from e
+    raise _refusal(f'schedule {full}', e) from e
   return schedule
 
 
 def check_rates(name: str, rate: Any, arrivals: int) -> None:
-  """Raises a ValueError unless all rates of a run are finite and at least 0."""
+  """Raises a ValueError unless the rates of a run are finite and at least 0.
+
+  In a run of more than 10,000 arrivals as many of them are looked at.
+  """
   if not callable(rate):
     return
   try:
-    rates = np.asarray(jax.jit(jax.vmap(rate))(jnp.arange(arrivals)))
+    arrival = np.unique(np.linspace(0, arrivals - 1, _LOOKED_AT).astype(int))
+    rates = np.asarray(jax.vmap(rate)(jnp.asarray(arrival)))
   except Exception as e:
-    raise ValueError(f'schedule {name} refuses its arguments: {e}') from e
+    raise _refusal(f'schedule {name}', e) from e
+  if rates.ndim != 1:
+    raise ValueError(
+      f'schedule {name} gives learning rates that are no numbers'
+    )
   wrong = np.flatnonzero(~(np.isfinite(rates) & (rates >= 0)))
   if len(wrong):
     raise ValueError(
       f'schedule {name} gives the learning rate {rates[wrong[0]]:g} at arrival '
-      f'{wrong[0]}; it must be finite and not negative'
+      f'{arrival[wrong[0]]}; it must be finite and not negative'
     )
 
 
@@ -307,10 +339,8 @@ def dry_run(
   try:
     updates, _ = jax.eval_shape(step, params, extra_args)
   except Exception as e:  # Whatever optax raises, it is this combination.
-    reason = str(e).strip().splitlines()
     raise ValueError(
-      f'optimizer {name} cannot be used here: '
-      f'{reason[0] if reason else type(e).__name__}'
+      f'optimizer {name} cannot be used here: {_first_line(e)}'
     ) from e
   same = jax.tree.map(lambda u, p: u.shape == p.shape, updates, params)
   if not all(jax.tree.leaves(same)):

@@ -2,6 +2,7 @@
 
 import pathlib
 import platform
+import warnings
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import ml_collections
 import numpy as np
 import scipy.stats
 
-from gsgd_jax import __version__, experiment
+from gsgd_jax import __version__, events
 
 _PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'scikit-learn')
 _LEVEL = 0.95
@@ -18,6 +19,15 @@ _FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
 _COLOURS = ('#000000', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
 _DASHES = ('-', '-', '-', '--', '-.', ':')
+
+
+_GUIDING = {
+  'consistent': 'Guided SGD changes',
+  'random': 'Random replays, the control with as many gradients, change',
+  'hardest': 'Replays of the hardest batches change',
+  'inconsistent': 'Replays of the inconsistent batches change',
+  'surprise': 'Replays of the surprising batches change',
+}
 
 
 class Interval(NamedTuple):
@@ -63,7 +73,7 @@ class Chosen(NamedTuple):
   test_accuracy: np.ndarray  # shape=(seeds,), in [0, 1].
 
 
-def chosen(history: experiment.History, by: str) -> Chosen | None:
+def chosen(history: events.History, by: str) -> Chosen | None:
   """Test accuracy at the evaluation that a rule chooses, seed by seed.
 
   Args:
@@ -92,7 +102,9 @@ def chosen(history: experiment.History, by: str) -> Chosen | None:
   elif by == 'best':
     rows = accuracy.argmax(axis=0)
   else:
-    rows = np.full(accuracy.shape[1], len(accuracy) - 1)
+    # A seed that stopped early takes no more gradients.
+    spent = history.gradient_evaluations[trained]
+    rows = (spent == spent[-1]).argmax(axis=0)
   seeds = np.arange(accuracy.shape[1])
   return Chosen(history.step[trained][rows], accuracy[rows, seeds])
 
@@ -108,7 +120,7 @@ def _comparable(history):
   return history.status in ('completed', 'stopped_early')
 
 
-def table(histories: dict[str, experiment.History]) -> str:
+def table(histories: dict[str, events.History]) -> str:
   """The comparison, one line a method."""
   baseline = _baseline(histories)
   head = ['method', 'test accuracy, %', 'chosen by validation']
@@ -127,7 +139,9 @@ def table(histories: dict[str, experiment.History]) -> str:
       row.append('' if difference is None else _signed(difference))
     if len(history.step):
       spent = history.gradient_evaluations[-1].mean()
-      row += [f'{history.step[-1]:,}', f'{spent:,.0f}']
+      last = chosen(history, 'last')
+      updates = 0 if last is None else last.step.mean()
+      row += [f'{updates:,.0f}', f'{spent:,.0f}']
     else:
       row += ['0', '0']
     rows.append([*row, history.status.replace('_', ' ')])
@@ -172,7 +186,7 @@ def _signed(difference):
 
 
 def sentences(
-  config: ml_collections.ConfigDict, histories: dict[str, experiment.History]
+  config: ml_collections.ConfigDict, histories: dict[str, events.History]
 ) -> list[str]:
   """What was measured, in words, whatever it is."""
   said = [h.message + '.' for h in histories.values() if h.message is not None]
@@ -187,17 +201,14 @@ def sentences(
     'delayed': f'A delay of {config.delay} updates changes',
     'synchronous': f'Synchronous rounds of {config.workers} workers change',
   }
-  for parallel in experiment.PARALLEL:
+  for parallel in events.PARALLEL:
     if parallel in costs:
       text = f'{costs[parallel]} test accuracy by {{}} points'
       compare(parallel, 'sequential', text)
+    for select, who in _GUIDING.items():
+      text = f'{who} the accuracy of {parallel} training by {{}} points'
+      compare(f'{parallel}+{select}', parallel, text)
     guided, random = f'{parallel}+consistent', f'{parallel}+random'
-    compare(guided, parallel, 'Guided SGD changes that by {} points')
-    compare(
-      random,
-      parallel,
-      'Random replays, the control with as many gradients, by {} points',
-    )
     compare(guided, random, 'Guided less random replays: {} points')
   return said
 
@@ -212,7 +223,7 @@ def _verdict(difference):
 
 def result(
   config: ml_collections.ConfigDict,
-  histories: dict[str, experiment.History],
+  histories: dict[str, events.History],
   status: str,
 ) -> dict[str, Any]:
   """The content of `result.json`; arrays and NaN are still to be made plain."""
@@ -263,7 +274,7 @@ def _of_chosen(found):
 def draw(
   path: pathlib.Path,
   config: ml_collections.ConfigDict,
-  histories: dict[str, experiment.History],
+  histories: dict[str, events.History],
 ) -> None:
   """Accuracy and loss against updates, one line a method."""
   import matplotlib
@@ -294,7 +305,9 @@ def draw(
     axes.spines[['top', 'right']].set_visible(False)
     axes.margins(x=0)
   figure.suptitle(_title(config))
-  figure.savefig(path, dpi=130)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # A character that the font lacks.
+    figure.savefig(path, dpi=130)
   plt.close(figure)
 
 
@@ -303,11 +316,19 @@ def _in_legend(history):
   return label if _comparable(history) else f'{label} ({history.status})'
 
 
+def _parallelism(config):
+  parallel = {method.parallel for method in events.methods(config)}
+  if parallel & {'asynchronous', 'synchronous'}:
+    yield f'{config.workers} workers'
+  if 'delayed' in parallel:
+    yield f'delay {config.delay}'
+
+
 def _title(config):
   rate = config.learning_rate
   words = [
     pathlib.Path(config.dataset).name,
-    f'{config.workers} workers',
+    *_parallelism(config),
     f'batch {config.batch_size}',
     config.optimizer + ('' if rate is None else f' at {rate:g}'),
   ]

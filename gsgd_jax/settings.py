@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import ml_collections
 from ml_collections import config_dict
 
+_LARGEST = 3.4e38  # Of float32.
+
 
 def default_config() -> ml_collections.ConfigDict:
   """Every setting, with a default; the base of an experiment's own config.
@@ -53,7 +55,7 @@ def default_config() -> ml_collections.ConfigDict:
   # Optimizer: any of optax or optax.contrib by name, 'momentum', 'nesterov'.
   config.optimizer = 'sgd'
   config.optimizer_kwargs = ml_collections.ConfigDict()
-  config.learning_rate = config_dict.placeholder(float)
+  config.learning_rate = config_dict.placeholder(float)  # None: its default.
   config.learning_rate = 0.18
   config.schedule = 'constant'  # Any optax schedule, over the arrivals.
   config.schedule_kwargs = ml_collections.ConfigDict()
@@ -112,6 +114,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   Names, types and ranges; what depends on the data or on optax is checked
   where that is loaded.
   """
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      'get_config must return an ml_collections.ConfigDict, got '
+      f'{type(config).__name__}'
+    )
   _names(config)
   for name in ('dataset', 'preprocessing', 'model', 'combine', 'optimizer'):
     _text(config, name)
@@ -133,7 +140,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _number(config, 'train_share', 0, 1)
   _number(config, 'validation_share', 0, 1)
   _number(config, 'label_noise', 0, 1)
-  _number(config, 'learning_rate', 0, math.inf, optional=True)
+  _number(config, 'learning_rate', 0, _LARGEST, optional=True)
   one_of('model', config.model, ('mlp', 'softmax_regression'))
   one_of('preprocessing', config.preprocessing, ('standard', 'author'))
   one_of('combine', config.combine, ('sequential', 'mean'))
@@ -155,7 +162,13 @@ def _names(config):
 
 def _fail(config, name, wanted, optional):
   wanted += ' or None' if optional else ''
-  raise ValueError(f'{name} must be {wanted}, got {config[name]!r}')
+  raise ValueError(f'{name} must be {wanted}, got {_shown(config[name])}')
+
+
+def _shown(value):
+  """A value in one line."""
+  shown = ' '.join(repr(value).split())
+  return shown if len(shown) <= 60 else shown[:57] + '...'
 
 
 def _text(config, name, optional=False):
@@ -176,8 +189,10 @@ def _integer(config, name, least, optional=False):
   given = config[name]
   if isinstance(given, bool) or not isinstance(given, numbers.Integral):
     _fail(config, name, 'an integer', optional)
-  if not least <= given < 2**31:
-    _fail(config, name, f'at least {least} and below 2**31', optional)
+  if given < least:
+    _fail(config, name, f'at least {least}', optional)
+  if given >= 2**31:
+    _fail(config, name, 'below 2**31', optional)
 
 
 def _number(config, name, least, most, optional=False):
@@ -186,9 +201,9 @@ def _number(config, name, least, most, optional=False):
   given = config[name]
   if isinstance(given, bool) or not isinstance(given, numbers.Real):
     _fail(config, name, 'a number', optional)
-  if not (math.isfinite(given) and least <= given <= most):
+  if not least <= given <= most:  # Nor is NaN.
     wanted = 'finite and not negative'
-    if math.isfinite(most):
+    if most < _LARGEST:
       wanted = f'from {least} to {most}'
     _fail(config, name, wanted, optional)
 
@@ -197,7 +212,11 @@ def _sequences(config):
   for name in ('hidden', 'methods'):
     if not isinstance(config[name], (tuple, list)):
       _fail(config, name, 'a tuple', False)
-  if any(type(n) is not int or n < 1 for n in config.hidden):
+  if len(config.hidden) > 100:
+    raise ValueError(
+      f'hidden must hold at most 100 layers, got {len(config.hidden)}'
+    )
+  if any(type(n) is not int or not 0 < n < 2**31 for n in config.hidden):
     raise ValueError(
       f'hidden must hold positive integers, got {tuple(config.hidden)}'
     )
@@ -206,6 +225,23 @@ def _sequences(config):
   for name in ('optimizer_kwargs', 'schedule_kwargs'):
     if not isinstance(config[name], (ml_collections.ConfigDict, dict)):
       _fail(config, name, 'a dict of arguments', False)
+    for argument, value in config[name].items():
+      if not _is_plain(value):
+        raise ValueError(
+          f'{name}.{argument} must be a finite number, a name, True, False, '
+          f'None, or a sequence of these, got {_shown(value)}'
+        )
+
+
+def _is_plain(value):
+  """Whether JSON can say it, for `config.json`."""
+  if isinstance(value, tuple | list):
+    return all(map(_is_plain, value))
+  if isinstance(value, ml_collections.ConfigDict | dict):
+    return all(map(_is_plain, value.values()))
+  if isinstance(value, numbers.Real):
+    return math.isfinite(value)
+  return value is None or isinstance(value, str)
 
 
 def _between(config):
@@ -214,7 +250,7 @@ def _between(config):
     raise ValueError(
       f'replays must be from 0 to window={config.window}, got {config.replays}'
     )
-  if not 0 < config.train_share < 1 - config.validation_share + 1e-9:
+  if not 0 < config.train_share < 1 - config.validation_share - 1e-9:
     raise ValueError(
       'train_share must be above 0 and leave something for testing, got '
       f'train_share={config.train_share:g} and '
@@ -227,7 +263,7 @@ def _between(config):
   if config.guidance is not None and config.parallel is None:
     raise ValueError(
       'guidance belongs to parallel: set both, or write the method as '
-      f'--config.methods=asynchronous+{config.guidance}'
+      f'--config.methods=asynchronous+{_shown(config.guidance)[1:-1]}'
     )
   if config.warmup >= config.updates:
     raise ValueError(

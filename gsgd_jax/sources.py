@@ -80,7 +80,7 @@ def read(dataset: str, target: str | None = None) -> Source:
       raise ValueError(f'{dataset} has its classes already; leave out target')
     source = _bundled(dataset)
   elif _is_path(dataset):
-    source = _file(dataset, target)
+    source = _file(os.path.expanduser(dataset), target)
   else:
     raise ValueError(
       f'dataset must be one of {", ".join(BUNDLED)}, openml:NAME or a file '
@@ -125,7 +125,9 @@ def _file(path, target):
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8-sig')
   except UnicodeDecodeError:
-    raise ValueError(f'{path} is not a text file in UTF-8') from None
+    raise ValueError(
+      f'{path} is not a text file in UTF-8; unpack or convert it first'
+    ) from None
   if not text.strip():
     raise ValueError(f'{path} is empty')
   if target is None:
@@ -178,6 +180,8 @@ def _csv(path, text, target):
     hint = settings.nearest(target, header)
     if len(header) == 1:
       hint = '; a file that is no CSV with a header needs no target'
+      if any(separator in header[0] for separator in ';\t|'):
+        hint = '; columns must be separated by commas'
     raise ValueError(
       f'{path} has no column {target}; its columns are '
       f'{_short(", ".join(header))}{hint}'

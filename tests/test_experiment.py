@@ -10,7 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-from gsgd_jax import data, experiment, guided, models, optimizers, settings
+from gsgd_jax import (
+  data,
+  events,
+  experiment,
+  guided,
+  models,
+  optimizers,
+  report,
+  settings,
+  training,
+  transformation,
+)
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -114,7 +125,7 @@ class Plain:
     sample = self.rows(
       data.verification_rows(self.n, self.seed, self.arrivals - 1)
     )
-    before = experiment._replays(self.state)
+    before = training._replays(self.state)
     updates, self.state = self.update(
       grads,
       self.state,
@@ -124,7 +135,7 @@ class Plain:
       verification=sample,
       arrival=jnp.int32(self.arrivals - 1),
     )
-    self.replays += int(experiment._replays(self.state) - before)
+    self.replays += int(training._replays(self.state) - before)
     self.params = optax.apply_updates(self.params, updates)
     self.stalenesses.append(self.applied - read_at)
     self.applied += 1
@@ -202,7 +213,7 @@ def assert_as_plainly(config, name):
         expected.append(plain.measured())
     epoch = history.step * config.batch_size / plain.n
     np.testing.assert_allclose(history.epoch, epoch, rtol=1e-12)
-    for field in experiment.MEASURED:
+    for field in events.MEASURED:
       exact = field in ('gradient_evaluations', 'staleness')
       np.testing.assert_allclose(
         getattr(history, field)[:, seed],
@@ -242,27 +253,27 @@ def test_chunks_change_nothing(monkeypatch):
   whole = experiment.run(config)['asynchronous+random']
   lengths = iter([1, 3, 1, 2] * 100)
   cut = property(lambda self: next(lengths), lambda self, value: None)
-  monkeypatch.setattr(experiment._Pace, 'calls', cut, raising=False)
+  monkeypatch.setattr(training._Pace, 'calls', cut, raising=False)
   pieces = experiment.run(config)['asynchronous+random']
-  for field in ('step', *experiment.MEASURED):
+  for field in ('step', *events.MEASURED):
     np.testing.assert_array_equal(getattr(whole, field), getattr(pieces, field))
 
 
 def test_methods_are_parsed():
   config = short(methods=('sequential, delayed+random', 'asynchronous'))
-  assert [m.name for m in experiment.methods(config)] == [
+  assert [m.name for m in events.methods(config)] == [
     'sequential',
     'delayed+random',
     'asynchronous',
   ]
-  labels = [m.label for m in experiment.methods(config)]
+  labels = [m.label for m in events.methods(config)]
   assert labels == ['sequential', 'delayed, random replays', 'asynchronous']
   config.parallel = 'delayed'
-  assert [m[:3] for m in experiment.methods(config)] == [
+  assert [m[:3] for m in events.methods(config)] == [
     ('delayed', 'delayed', None)
   ]
   config.guidance = 'consistent'
-  assert experiment.methods(config)[0].label == 'delayed, guided'
+  assert events.methods(config)[0].label == 'delayed, guided'
 
 
 def test_one_method_diverges_and_the_others_go_on():
@@ -316,10 +327,10 @@ def test_divergence_names_seed_and_step(
 
 
 def test_a_split_whose_loss_is_not_finite_is_divergence():
-  reports = experiment._Reports(
-    short(seeds=3), experiment.methods(short())[0], [data.load('iris', 0)], 0
+  reports = training._Reports(
+    short(seeds=3), events.methods(short())[0], [data.load('iris', 0)], 0
   )
-  totals = experiment._Totals(np.ones(3), -np.ones(3, int), *[np.zeros(3)] * 4)
+  totals = training._Totals(np.ones(3), -np.ones(3, int), *[np.zeros(3)] * 4)
   bad = np.array([1.0, np.inf, np.nan])
   end = reports._diverged(~np.isfinite(bad), totals, bad, 40)
   assert end.message == (
@@ -329,7 +340,7 @@ def test_a_split_whose_loss_is_not_finite_is_divergence():
 
 
 def evaluation(accuracies, losses, **others):
-  measured = {f: np.zeros(len(accuracies)) for f in experiment.MEASURED}
+  measured = {f: np.zeros(len(accuracies)) for f in events.MEASURED}
   measured.update(
     validation_accuracy=np.array(accuracies, float),
     validation_loss=np.array(losses, float),
@@ -339,14 +350,14 @@ def evaluation(accuracies, losses, **others):
 
 
 def test_early_stopping_seed_by_seed():
-  stopping = experiment._Stopping(patience=2, seeds=2)
-  method = experiment.methods(short())[0]
+  stopping = training._Stopping(patience=2, seeds=2)
+  method = events.methods(short())[0]
 
   def see(step, accuracies, losses):
     measured = stopping.frozen(
       evaluation(accuracies, losses, test_accuracy=np.full(2, step / 100))
     )
-    stopping.see(experiment.Evaluation(method, step, 0.0, **measured))
+    stopping.see(events.Evaluation(method, step, 0.0, **measured))
     return measured['test_accuracy'].tolist(), stopping.stopped.tolist()
 
   assert see(1, [0.5, 0.5], [1, 1]) == ([0.01, 0.01], [False, False])
@@ -374,11 +385,44 @@ def test_early_stopping_ends_the_run():
     best = max(range(len(loss)), key=lambda i: (accuracy[i], -loss[i], -i))
     # Frozen two evaluations after its best, whatever came later.
     end = best + 2
-    assert (history.test_loss[1 + end :, seed] == history.test_loss[-1, seed])[
-      :
-    ].all()
+    after = history.test_loss[1 + end :, seed]
+    assert (after == history.test_loss[-1, seed]).all()
+    assert report.chosen(history, 'last').step[seed] == history.step[1 + end]
     spent = history.gradient_evaluations[-1, seed]
     assert spent == history.step[1 + end]
+
+
+def test_progress_leaves_out_seeds_that_stopped():
+  reports = training._Reports(
+    short(patience=1), events.methods(short())[0], [data.load('iris', 0)], 0
+  )
+  reports._stopping.stopped[:] = [True, False]
+  totals = training._Totals(
+    loss=np.array([np.nan, 6.0]),
+    bad_call=np.array([4, -1]),
+    bad_loss=np.array([np.nan, 0.0]),
+    staleness=np.int32(0),
+    arrivals=np.int32(3),
+    replays=0,
+  )
+  (progress,) = reports.of(3, 3, totals, None)
+  assert (progress.step, progress.loss, progress.staleness) == (3, 2.0, 0.0)
+
+
+def test_a_method_that_fails_is_not_interrupted():
+  results = events.Results(short())
+  first, second, *_ = events.methods(short())
+  results.add(events.Started(first))
+  results.add(events.Finished(first, 'completed', None))
+  results.add(events.Started(second))
+  results.fail('no memory')
+  ends = [h[1:3] for h in results.histories().values()]
+  assert ends == [
+    ('completed', None),
+    ('failed', 'asynchronous failed: no memory'),
+    ('not_started', None),
+    ('not_started', None),
+  ]
 
 
 def test_no_validation_split():
@@ -397,27 +441,27 @@ def test_schedule_free_methods_are_evaluated_where_they_say():
 
 
 def test_staleness_survives_a_sum_that_wraps():
-  reports = experiment._Reports(
-    short(), experiment.methods(short())[1], [data.load('iris', 0)], 2
+  reports = training._Reports(
+    short(), events.methods(short())[1], [data.load('iris', 0)], 2
   )
   most = 2**31 - 1
-  totals = lambda staleness, arrivals: experiment._Totals(
+  totals = lambda staleness, arrivals: training._Totals(
     np.zeros(2), 0, 0, np.int32(staleness), np.int32(arrivals), 0
   )
-  reports._staleness('evaluation', totals(most - 10, 50))
-  measured = reports._staleness('evaluation', totals(-(2**31) + 9, 54))
-  np.testing.assert_array_equal(measured, [5, 5])  # 20 over 4.
+  reports._arrived(totals(most - 10, 50))
+  assert reports._arrived(totals(-(2**31) + 9, 54)) == [20, 4]
+  np.testing.assert_array_equal(reports._recent, [most + 10, 54])
 
 
 def programs(config, name):
   datasets = [data.load(config.dataset, s) for s in range(config.seeds)]
   model = experiment.make_model(config, datasets[0])
-  method = experiment._method(name)
+  method = events.method_named(name)
   params = experiment._initial_params(model, config.seeds)
   arrays = experiment._arrays(datasets)
-  made = experiment._programs(config, method, model, datasets)
-  filling = experiment._filling(config, method)
-  rows = experiment._rows(config, method, datasets, 0, 5, filling)
+  made = training._programs(config, method, model, datasets)
+  filling = transformation.filling_calls(config, method)
+  rows = training._rows(config, method, datasets, 0, 5, filling)
   return made, params, arrays, rows
 
 
@@ -496,7 +540,10 @@ def test_configs_say_how_they_are_run():
     (dict(batch_size=400), 'at most the 341 training examples'),
     (dict(optimizer='adamm'), 'did you mean adam'),
     (dict(optimizer_kwargs=dict(momentun=0.9)), 'did you mean momentum'),
-    (dict(optimizer_kwargs=dict(momentum='x')), 'optimizer sgd cannot be used'),
+    (
+      dict(optimizer_kwargs=dict(momentum='x')),
+      "optimizer sgd with momentum='x' cannot be used",
+    ),
     (dict(schedule='cosin_decay'), 'did you mean cosine_decay_schedule'),
     (dict(schedule='exponential_decay'), 'needs the argument decay_rate'),
     (
@@ -505,6 +552,20 @@ def test_configs_say_how_they_are_run():
     ),
     (dict(learning_rate=None, warmup=3), 'need a learning_rate'),
     (dict(workers=0), 'workers must be'),
+    (
+      dict(methods=('delayed+random',), window=26),
+      "server's 25 updates, got 26",
+    ),
+    (dict(parallel='delayed', guidance='random', replays=0), 'replay nothing'),
+    (dict(parallel='delayed', guidance='random', window=1), 'replay nothing'),
+    (
+      dict(parallel='synchronous', guidance='random', combine='mean', window=9),
+      "server's 8 updates, got 9",
+    ),
+    (dict(parallel='asynchronous', workers=2**31 - 1), 'GiB of memory for 2'),
+    (dict(parallel='delayed', delay=2**31 - 2), 'GiB of memory for 2 seeds'),
+    (dict(model='mlp', hidden=(10**6, 10**6)), 'GiB of memory for 2 seeds'),
+    (dict(optimizer='rprop', warmup=3), 'rprop looks at its rate once'),
   ],
 )
 def test_bad_configs(setting, message):

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from gsgd_jax import experiment, files, settings
+from gsgd_jax import events, files, settings
 
 
 def test_written_aside_and_renamed(tmp_path):
@@ -89,17 +89,17 @@ def test_fresh_folders_never_collide(tmp_path):
 
 
 def test_the_log_keeps_the_clock_apart(tmp_path):
-  method, other = experiment.methods(settings.default_config())[:2]
-  measured = {f: np.array([0.25, np.nan]) for f in experiment.MEASURED}
+  method, other = events.methods(settings.default_config())[:2]
+  measured = {f: np.array([0.25, np.nan]) for f in events.MEASURED}
   log = files.Log(
     tmp_path, ml_collections.ConfigDict({'seeds': 2}), began=100.0
   )
-  log.add(experiment.Started(method), 101.0)
-  log.add(experiment.Evaluation(method, 0, 0.0, **measured), 102.0)
-  log.add(experiment.Progress(method, 30, 0.5, 1.0), 103.0)
-  log.add(experiment.Evaluation(method, 40, 0.5, **measured), 104.0)
-  log.add(experiment.Finished(method, 'completed', None), 105.0)
-  log.add(experiment.Evaluation(other, 0, 0.0, **measured), 110.0)
+  log.add(events.Started(method), 101.0)
+  log.add(events.Evaluation(method, 0, 0.0, **measured), 102.0)
+  log.add(events.Progress(method, 30, 0.5, 1.0), 103.0)
+  log.add(events.Evaluation(method, 40, 0.5, **measured), 104.0)
+  log.add(events.Finished(method, 'completed', None), 105.0)
+  log.add(events.Evaluation(other, 0, 0.0, **measured), 110.0)
   log.close()
   read = lambda name: [
     json.loads(line) for line in (tmp_path / name).read_text().splitlines()

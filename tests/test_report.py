@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gsgd_jax import experiment, report, settings
+from gsgd_jax import events, report, settings
 
 
 def config_of(*methods, **changes):
@@ -16,14 +16,15 @@ def config_of(*methods, **changes):
 def histories_of(accuracies, **fields):
   """Histories with made-up test accuracies, (evaluations, seeds) each."""
   out = {}
-  for method in experiment.methods(config_of(*accuracies)):
+  for method in events.methods(config_of(*accuracies)):
     accuracy = np.array(accuracies[method.name], np.float64)
     step = np.arange(len(accuracy)) * 10
-    measured = {f: np.full(accuracy.shape, 0.5) for f in experiment.MEASURED}
+    measured = {f: np.full(accuracy.shape, 0.5) for f in events.MEASURED}
     measured['test_accuracy'] = accuracy
-    measured['gradient_evaluations'] = np.full(accuracy.shape, 1234)
+    spent = 1234 + step - step[-1]
+    measured['gradient_evaluations'] = spent[:, None] + 0 * accuracy
     measured.update({k: np.array(v) for k, v in fields.items()})
-    out[method.name] = experiment.History(
+    out[method.name] = events.History(
       method, 'completed', None, step, step / 5, **measured
     )
   return out
@@ -64,7 +65,9 @@ def test_table_and_sentences_say_what_was_measured():
   assert said[0] == (
     'The delay of 16 workers changes test accuracy by -9.67 ± 1.43 points.'
   )
-  assert said[1].startswith('Guided SGD changes that by +9.33')
+  assert said[1].startswith(
+    'Guided SGD changes the accuracy of asynchronous training by +9.33'
+  )
   assert said[2].startswith('Random replays, the control with as many')
   assert said[3].startswith('Guided less random replays')
   assert said[3].endswith('(no difference shown).')
@@ -128,6 +131,10 @@ def test_chosen_evaluations():
   last = report.chosen(history, 'last')
   assert last.step.tolist() == [40] * 3
   assert last.test_accuracy.tolist() == [0.4, 0.2, 0.3]
+  # The first seed stopped at 20, the others at 40.
+  spent = np.array([[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 3, 3], [2, 4, 4]])
+  stopped = history._replace(gradient_evaluations=spent)
+  assert report.chosen(stopped, 'last').step.tolist() == [20, 40, 40]
   best = report.chosen(history, 'best')
   assert best.step.tolist() == [40, 10, 30]
   assert best.test_accuracy.tolist() == [0.4, 0.5, 0.9]
@@ -157,9 +164,10 @@ def test_a_picture_of_whatever_there_is(tmp_path, seeds):
   empty = histories['asynchronous']
   histories['asynchronous'] = empty._replace(
     status='not_started',
-    **{f: getattr(empty, f)[:0] for f in ('step', *experiment.MEASURED)},
+    **{f: getattr(empty, f)[:0] for f in ('step', *events.MEASURED)},
   )
   path = tmp_path / 'curves.png'
   with np.errstate(invalid='ignore'):
-    report.draw(path, config_of(seeds=seeds, learning_rate=None), histories)
+    config = config_of(*histories, seeds=seeds, learning_rate=None)
+    report.draw(path, config, histories)
   assert path.read_bytes().startswith(b'\x89PNG')

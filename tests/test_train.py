@@ -244,6 +244,7 @@ BAD_FILES = {
   'empty.data': '',
   'header.csv': 'a,b,c\n1,2,x\n',
   'nan.csv': 'a,c\n1,x\nnan,y\n',
+  'semicolons.csv': 'a;c\n1;x\n',
   'ragged.csv': 'a,c\n1,x\n2,y,3\n',
 }
 BAD_INPUT = [
@@ -292,7 +293,10 @@ BAD_INPUT = [
     ('--config.optimizer_kwargs.momentun=1',),
     'no argument momentun; .*momentum',
   ),
-  (('--config.optimizer_kwargs.momentum=x',), 'optimizer sgd cannot be used'),
+  (
+    ('--config.optimizer_kwargs.momentum=x',),
+    "with momentum='x' cannot be",
+  ),
   (('--config.optimizer=dpsgd',), 'needs the argument l2_norm_clip'),
   (('--config.schedule=cosine',), 'did you mean cosine_'),
   (('--config.warmup=5000',), 'warmup must be less than updates'),
@@ -303,6 +307,13 @@ BAD_INPUT = [
   (('--config.methods=async',), 'a method must be one of asynchronous'),
   (('--config.guidance=random',), 'guidance belongs to parallel'),
   (('--config.combine=median',), 'combine must be one of'),
+  (('--config.methods=a,,b',), 'methods must be values with commas between'),
+  (('--config.optimizer_kwargs=5',), 'optimizer_kwargs must be a dict'),
+  (('--config.optimizer_kwargs.momentum=1e999',), 'momentum must be a finite'),
+  (('--config.workers=100000000',), 'GiB of memory for 10 seeds'),
+  (('--config.window=5000',), "the server's 1680 updates, got 5000"),
+  (('--config.compilation_cache=a_file',), 'a_file: File exists'),
+  (('--config.dataset=semicolons.csv', '--config.target=c'), 'by commas'),
   (('--config.replays=11',), 'replays must be from 0 to window=10'),
   (('--config=nowhere.py',), "No such file or directory: 'nowhere.py'"),
   (('--nosuch=1',), 'Unknown command line flag'),
@@ -355,6 +366,29 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
       '  return config',
       'no setting wrokers; did you mean workers',
     ),
+    (
+      'from gsgd_jax import settings\n'
+      'def get_config(): return settings.default_config().to_dict()',
+      'get_config must return an ml_collections.ConfigDict, got dict',
+    ),
+    (
+      'from gsgd_jax import settings\n'
+      'def get_config():\n'
+      '  config = settings.default_config()\n'
+      '  config.workers = "x"\n'
+      '  return config',
+      'cannot load the config: TypeError.*workers',
+    ),
+    (
+      'from gsgd_jax import settings\n'
+      'def get_config():\n'
+      '  config = settings.default_config()\n'
+      '  config.optimizer_kwargs.mask = lambda params: True\n'
+      '  return config',
+      'optimizer_kwargs.mask must be a finite number',
+    ),
+    ('def get_config(): return None', 'Unexpected None value for flag config'),
+    ('import sys\ndef get_config(): sys.exit(0)', 'SystemExit'),
   ],
 )
 def test_bad_config_files_are_one_sentence(tmp_path, source, sentence):

@@ -1,0 +1,161 @@
+"""What happens in a run, event by event, and what is kept of it."""
+
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from gsgd_jax import settings
+
+PARALLEL = ('sequential', 'synchronous', 'asynchronous', 'delayed')
+# Guidance, and how it is said.
+GUIDANCE = {
+  'consistent': 'guided',
+  'random': 'random replays',
+  'hardest': 'hardest replays',
+  'inconsistent': 'inconsistent replays',
+  'surprise': 'surprise replays',
+}
+
+
+class Method(NamedTuple):
+  """A row of the comparison: where gradients come from, and guidance."""
+
+  name: str
+  parallel: str
+  select: str | None  # Guided SGD's selection; None is no guidance.
+
+  @property
+  def label(self) -> str:
+    """What it is called in tables and pictures."""
+    if self.select is None:
+      return self.parallel
+    return f'{self.parallel}, {GUIDANCE[self.select]}'
+
+
+def methods(config: ml_collections.ConfigDict) -> list[Method]:
+  """The methods of a config, in order.
+
+  Raises:
+    ValueError: One is unknown, or named twice.
+  """
+  names = [n.strip() for m in config.methods for n in m.split(',')]
+  if config.parallel is not None:
+    guidance = '' if config.guidance is None else f'+{config.guidance}'
+    names = [f'{config.parallel}{guidance}']
+  if not names:
+    raise ValueError(f'methods must name at least one of {", ".join(PARALLEL)}')
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f'methods must differ, got {name} twice')
+  return [method_named(name) for name in names]
+
+
+def method_named(name: str) -> Method:
+  parallel, plus, select = name.partition('+')
+  settings.one_of('a method', parallel, PARALLEL)
+  if plus:
+    settings.one_of(f'the guidance of {name}', select, GUIDANCE)
+  return Method(name, parallel, select if plus else None)
+
+
+class Started(NamedTuple):
+  """A method is about to be compiled."""
+
+  method: Method
+
+
+class Progress(NamedTuple):
+  """A chunk of calls has finished."""
+
+  method: Method
+  step: int  # Arriving gradients so far.
+  loss: float  # Mean over the chunk's batches and the seeds, as workers saw it.
+  staleness: float  # Mean over the chunk's arrivals; NaN if there was none.
+
+
+class Evaluation(NamedTuple):
+  """Measurements at a step, for every seed: shape=(seeds,) each."""
+
+  method: Method
+  step: int
+  epoch: float
+  gradient_evaluations: np.ndarray  # Those in flight and replays included.
+  train_loss: np.ndarray  # Over the whole split; NaN where there is no split.
+  validation_loss: np.ndarray
+  test_loss: np.ndarray
+  train_accuracy: np.ndarray  # In [0, 1].
+  validation_accuracy: np.ndarray
+  test_accuracy: np.ndarray
+  staleness: np.ndarray  # Mean since the last evaluation; NaN at the first.
+
+
+MEASURED = Evaluation._fields[3:]
+
+
+class Finished(NamedTuple):
+  """A method has ended."""
+
+  method: Method
+  status: str  # 'completed', 'stopped_early' or 'diverged'.
+  message: str | None  # What happened to a method that diverged.
+
+
+Event = Started | Progress | Evaluation | Finished
+
+
+class History(NamedTuple):
+  """All evaluations of a method: shape=(evaluations, seeds), but for `step`."""
+
+  method: Method
+  status: str  # Of `Finished`; 'not_started', 'interrupted', 'failed'.
+  message: str | None
+  step: np.ndarray  # shape=(evaluations,), int.
+  epoch: np.ndarray  # shape=(evaluations,).
+  gradient_evaluations: np.ndarray
+  train_loss: np.ndarray
+  validation_loss: np.ndarray
+  test_loss: np.ndarray
+  train_accuracy: np.ndarray
+  validation_accuracy: np.ndarray
+  test_accuracy: np.ndarray
+  staleness: np.ndarray
+
+
+class Results:
+  """Collects events into a history for each method."""
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    self._seeds = config.seeds
+    self._evaluations = {m: [] for m in methods(config)}
+    self._ends = {m: ('not_started', None) for m in self._evaluations}
+
+  def add(self, event: Event) -> None:
+    """Takes the next event."""
+    if isinstance(event, Started):
+      self._ends[event.method] = ('interrupted', None)  # Until it finishes.
+    elif isinstance(event, Evaluation):
+      self._evaluations[event.method].append(event)
+    elif isinstance(event, Finished):
+      self._ends[event.method] = (event.status, event.message)
+
+  def fail(self, message: str) -> None:
+    """The method that runs, if one does, has failed."""
+    for method, (status, _) in self._ends.items():
+      if status == 'interrupted':
+        self._ends[method] = ('failed', f'{method.label} failed: {message}')
+
+  def histories(self) -> dict[str, History]:
+    """What was measured so far, by the method's name."""
+    return {m.name: self._history(m) for m in self._evaluations}
+
+  def _history(self, method):
+    events = self._evaluations[method]
+    stack = lambda field: np.array([getattr(e, field) for e in events])
+    return History(
+      method,
+      *self._ends[method],
+      stack('step').astype(int),
+      stack('epoch').astype(float),
+      *(stack(field).reshape(-1, self._seeds) for field in MEASURED),
+    )
