@@ -37,9 +37,10 @@ class Interval(NamedTuple):
   half_width: float | None  # None with one seed.
 
   def __str__(self) -> str:
+    mean = f'{round(self.mean, 2) + 0.0:.2f}'  # Not -0.00.
     if self.half_width is None:
-      return f'{self.mean:.2f}'
-    return f'{self.mean:.2f} ± {self.half_width:.2f}'
+      return mean
+    return f'{mean} ± {self.half_width:.2f}'
 
 
 def interval(values: np.ndarray) -> Interval:
@@ -182,7 +183,8 @@ def _difference(histories, name, other):
 
 
 def _signed(difference):
-  return ('+' if difference.mean >= 0 else '') + str(difference)
+  shown = str(difference)
+  return shown if shown.startswith('-') else f'+{shown}'
 
 
 def sentences(
