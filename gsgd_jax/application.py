@@ -210,7 +210,7 @@ class Watch:
         total=self._total,
         file=stream,
         dynamic_ncols=True,
-        bar_format='{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}',
+        bar_format='{desc} {percentage:3.0f}%|{bar:10}| {elapsed}{postfix}',
       )
 
   def add(self, event: events.Event, when: float) -> None:
