@@ -29,8 +29,9 @@ def _interrupted(number, frame):
 
 
 if __name__ == '__main__':
-  for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    if signal.getsignal(_number) != signal.SIG_IGN:
+  for _name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    _number = getattr(signal, _name, None)  # Windows lacks some.
+    if _number and signal.getsignal(_number) != signal.SIG_IGN:
       signal.signal(_number, _interrupted)
 
 import contextlib

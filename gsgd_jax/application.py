@@ -29,6 +29,8 @@ _SIGNALS = tuple(
   if hasattr(signal, name)
 )
 _LINE_SECONDS = 10.0  # Between lines where nobody watches.
+# What a machine runs out of: memory, room on the disk.
+_RAN_OUT = (jax.errors.JaxRuntimeError, MemoryError, OSError)
 _END = object()  # The last thing that the training thread sends.
 
 
@@ -159,6 +161,8 @@ def _finish(config, workdir, results, ended_by):
     name = signal.Signals(ended_by.number).name
     say(f'train.py: interrupted ({name})', sys.stderr)
   elif status == 'failed':
+    if not isinstance(ended_by.error, _RAN_OUT):
+      raise ended_by.error  # A mistake of ours.
     say(f'train.py: cannot go on: {_reason(ended_by.error)}', sys.stderr)
   say('\n' + report.table(histories))
   said = report.sentences(config, histories)
@@ -169,10 +173,7 @@ def _finish(config, workdir, results, ended_by):
 
 
 def _reason(error):
-  """What stopped training, in a line; what is no one's fault is raised."""
-  known = (jax.errors.JaxRuntimeError, MemoryError, OSError)
-  if not isinstance(error, known):
-    raise error
+  """An error in a line."""
   lines = str(error).strip().splitlines()
   return lines[0] if lines else type(error).__name__
 
@@ -280,17 +281,29 @@ class _TensorBoard:
     del when
     if not isinstance(event, events.Evaluation):
       return
+    with self._named():
+      writer = self._writer(event.method.name)
+      for field in events.MEASURED:
+        mean = getattr(event, field).mean()
+        if not math.isnan(mean):
+          writer.add_scalar(field, mean, event.step)
+
+  def _writer(self, name):
     import tensorboardX
 
-    name = event.method.name
     if name not in self._writers:
       self._writers[name] = tensorboardX.SummaryWriter(str(self._folder / name))
-    for field in events.MEASURED:
-      mean = getattr(event, field).mean()
-      if not math.isnan(mean):
-        self._writers[name].add_scalar(field, mean, event.step)
+    return self._writers[name]
+
+  @contextlib.contextmanager
+  def _named(self):
+    try:
+      yield
+    except OSError as e:
+      raise files.named(e, self._folder) from e
 
   def close(self):
     """Flushes what is written."""
-    for writer in self._writers.values():
-      writer.close()
+    with self._named():
+      for writer in self._writers.values():
+        writer.close()

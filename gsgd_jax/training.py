@@ -30,7 +30,7 @@ from gsgd_jax import (
 )
 
 _CHUNK_SECONDS = 0.5
-_PROFILED = 5  # Calls.
+_PROFILED = 5  # Calls in a trace, from the second call on.
 
 
 class _Rows(NamedTuple):
@@ -88,9 +88,9 @@ def train(
   reports = _Reports(config, method, datasets, filling)
   pace = _Pace()
   waiting = None
-  for first, length, ends in _chunks(config, filling, pace):
+  for first, length, ends in _chunks(config, filling, pace, profile_to):
     rows = _rows(config, method, datasets, first, length, filling)
-    with _traced(profile_to if first == _PROFILED else None) as wait_for:
+    with _traced(profile_to if first == 1 else None) as wait_for:
       carry, totals, evaluated = advance(carry, arrays, rows, length)
       wait_for(totals)
     measured = measure(evaluated, arrays) if ends else None
@@ -107,7 +107,7 @@ def train(
     yield events.Finished(method, 'completed', None)
 
 
-def _chunks(config, filling, pace):
+def _chunks(config, filling, pace, profile_to):
   """(first call, calls, whether an evaluation follows), chunk by chunk."""
   first = 0
   for step in _evaluated_steps(config):
@@ -115,9 +115,10 @@ def _chunks(config, filling, pace):
     if first == end:
       yield first, 0, True
     while first < end:
-      # The first calls are one chunk, the next few another, fit for a trace.
-      few = _PROFILED if first < 2 * _PROFILED else pace.calls
-      length = min(end - first, _padded(config), few)
+      # The first call is a chunk of its own; what it sets up is not traced.
+      traced = profile_to is not None and first == 1
+      most = _PROFILED if traced else pace.calls
+      length = min(end - first, _padded(config), most)
       yield first, length, first + length == end
       first += length
 

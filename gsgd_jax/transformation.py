@@ -10,6 +10,7 @@ import optax
 
 from gsgd_jax import (
   asynchronous,
+  data,
   delayed,
   events,
   guided,
@@ -18,15 +19,20 @@ from gsgd_jax import (
 )
 
 
-def batch_like_of(config, dataset):
+def batch_like_of(
+  config: ml_collections.ConfigDict, dataset: data.Dataset
+) -> data.Examples:
+  """Shapes and dtypes of a batch."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype),
     dataset.train,
   )
 
 
-def learning_rate(config):
-  """The learning rate, or the schedule of it."""
+def learning_rate(
+  config: ml_collections.ConfigDict,
+) -> float | Callable[[Any], Any] | None:
+  """The learning rate, or the schedule of it, over arrivals."""
   if config.learning_rate is None:
     if config.schedule != 'constant' or config.warmup:
       raise ValueError('a schedule and a warm-up need a learning_rate')
@@ -40,7 +46,10 @@ def learning_rate(config):
   )
 
 
-def make_optimizer(config, loss_fn):
+def make_optimizer(
+  config: ml_collections.ConfigDict, loss_fn: Callable
+) -> optax.GradientTransformationExtraArgs:
+  """The server's optimizer, which every method shares."""
   tx = optimizers.make(
     config.optimizer, learning_rate(config), _plain(config.optimizer_kwargs)
   )
@@ -91,7 +100,7 @@ def make_transformation(
   return tx
 
 
-def joined(config, method):
+def joined(config: ml_collections.ConfigDict, method: events.Method) -> int:
   """How many gradients of workers arrive as one."""
   mean = method.parallel == 'synchronous' and config.combine == 'mean'
   return config.workers if mean else 1
@@ -105,7 +114,9 @@ def _arriving(config, method, batch_like):
   )
 
 
-def filling_calls(config, method):
+def filling_calls(
+  config: ml_collections.ConfigDict, method: events.Method
+) -> int:
   """Calls before the first gradient arrives."""
   return {'asynchronous': config.workers - 1, 'delayed': config.delay}.get(
     method.parallel, 0
