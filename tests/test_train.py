@@ -6,7 +6,6 @@ import os
 import pathlib
 import pty
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -33,9 +32,9 @@ FILES = {
 }
 
 
-def start(directory, *arguments, **options):
+def start(directory, *arguments, before=(), **options):
   return subprocess.Popen(
-    [sys.executable, str(ROOT / 'train.py'), *arguments],
+    [*before, sys.executable, str(ROOT / 'train.py'), *arguments],
     cwd=directory,
     text=True,
     **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options},
@@ -481,6 +480,12 @@ def test_divergence(tmp_path):
 )
 def test_a_full_disk_is_a_sentence(tmp_path, limit, whole):
   """A limit on the size of files stands in for a disk without room."""
+  limited = (
+    'import os, resource, sys\n'
+    'limit = int(sys.argv[1])\n'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n'
+    'os.execv(sys.argv[2], sys.argv[2:])'
+  )
   done = train(
     tmp_path,
     '--workdir=mine',
@@ -488,9 +493,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, limit, whole):
     '--config.updates=400',
     '--config.evaluate_every=10',
     '--config.seeds=2',
-    preexec_fn=lambda: resource.setrlimit(
-      resource.RLIMIT_FSIZE, (limit, limit)
-    ),
+    before=(sys.executable, '-c', limited, str(limit)),
   )
   assert done.returncode == 1
   assert 'Traceback' not in done.stderr
