@@ -28,6 +28,8 @@ _SIGNALS = tuple(
   for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
   if hasattr(signal, name)
 )
+# A signal that another thread was given does not wake the main thread.
+_WAKE_SECONDS = 0.2
 _LINE_SECONDS = 10.0  # Between lines where nobody watches.
 # What a machine runs out of: memory, room on the disk.
 _RAN_OUT = (jax.errors.JaxRuntimeError, MemoryError, OSError)
@@ -126,7 +128,10 @@ def _train_in_thread(config, workdir, inbox, enough):
 def _listen(inbox, results, listeners):
   """Hands events on until training ends; returns what ended it, if not it."""
   while True:
-    item = inbox.get()
+    try:
+      item = inbox.get(timeout=_WAKE_SECONDS)
+    except queue.Empty:
+      continue
     if item is _END:
       return None
     if isinstance(item, _Interrupted | _Failed):
