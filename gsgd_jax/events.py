@@ -52,6 +52,7 @@ def methods(config: ml_collections.ConfigDict) -> list[Method]:
 
 
 def method_named(name: str) -> Method:
+  """The method of a name, PARALLEL or PARALLEL+GUIDANCE."""
   parallel, plus, select = name.partition('+')
   settings.one_of('a method', parallel, PARALLEL)
   if plus:

@@ -28,9 +28,7 @@ def default_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   # Data. dataset: digits, breast_cancer, iris, wine, a file, or openml:NAME.
   config.dataset = 'digits'
-  config.target = config_dict.placeholder(
-    str
-  )  # A CSV file's column of classes.
+  config.target = config_dict.placeholder(str)  # The column of the classes.
   config.preprocessing = 'standard'  # Or 'author'; see gsgd_jax.data.
   config.train_share = 0.6  # Of the examples;
   config.validation_share = 0.2  # the rest is for testing.
@@ -59,7 +57,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.learning_rate = 0.18
   config.schedule = 'constant'  # Any optax schedule, over the arrivals.
   config.schedule_kwargs = ml_collections.ConfigDict()
-  config.warmup = 0  # Arrivals over which the rate rises from 0.
+  config.warmup = 0  # Arrivals over which the rate rises, linearly.
   # The run.
   config.batch_size = 16
   config.seeds = 10  # Trained at once.

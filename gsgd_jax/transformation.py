@@ -124,6 +124,8 @@ def filling_calls(
 
 
 class RecordedState(NamedTuple):
+  """State around the server's optimizer: what has arrived."""
+
   staleness: jax.Array  # shape=(), dtype=int32: sum over arrivals; may wrap.
   arrivals: jax.Array  # shape=(), dtype=int32.
   inner_state: optax.OptState
