@@ -29,3 +29,15 @@ def strict():
   yield
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture
+def as_users_run_it(strict):
+  """For tests of what optax and Flax are part of: they are not that strict."""
+  del strict
+  with (
+    jax.enable_x64(False),
+    jax.numpy_dtype_promotion('standard'),
+    jax.numpy_rank_promotion('allow'),
+  ):
+    yield

@@ -24,6 +24,7 @@ from gsgd_jax import (
   transformation,
 )
 
+pytestmark = pytest.mark.usefixtures('as_users_run_it')
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
 
@@ -34,16 +35,6 @@ def load_config(name, **changes):
   config = module.get_config()
   config.update(changes)
   return config
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-  with (
-    jax.enable_x64(False),
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    yield
 
 
 SHORT = dict(

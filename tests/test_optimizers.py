@@ -20,20 +20,12 @@ NAMES = [name for name in optimizers.names() if name not in NEEDY]
 MODEL = models.mlp(3, [4], 2)
 LOSS_FN = models.cross_entropy(MODEL)
 
+pytestmark = pytest.mark.usefixtures('as_users_run_it')
+
 # Two of optax's optimizers warn that they will change.
 ignore_optax = pytest.mark.filterwarnings(
   'ignore:.*is deprecated', 'ignore:Specifying a key will be required'
 )
-
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-  with (
-    jax.enable_x64(False),
-    jax.numpy_dtype_promotion('standard'),
-    jax.numpy_rank_promotion('allow'),
-  ):
-    yield
 
 
 @functools.cache
