@@ -2,18 +2,42 @@
 
 from gsgd_jax._protocol import worker_params
 from gsgd_jax._version import __version__ as __version__
-from gsgd_jax.arrivals import ArrivalProcess, round_robin
+from gsgd_jax.arrivals import (
+  ArrivalProcess,
+  exponential_arrivals,
+  failing,
+  fixed_speeds,
+  gamma_arrivals,
+  round_robin,
+  straggler,
+  uniform_arrivals,
+)
+from gsgd_jax.clock import Time, simulated_time
 from gsgd_jax.guided import guided
 from gsgd_jax.memory import state_memory
-from gsgd_jax.staleness import asynchronous, delayed, synchronous
+from gsgd_jax.rounds import data_parallel, synchronous
+from gsgd_jax.staleness import asynchronous, delayed
+from gsgd_jax.traces import Trace, read_trace, recorded_arrivals
 
 __all__ = [
   'ArrivalProcess',
+  'Time',
+  'Trace',
   'asynchronous',
+  'data_parallel',
   'delayed',
+  'exponential_arrivals',
+  'failing',
+  'fixed_speeds',
+  'gamma_arrivals',
   'guided',
+  'read_trace',
+  'recorded_arrivals',
   'round_robin',
+  'simulated_time',
   'state_memory',
+  'straggler',
   'synchronous',
+  'uniform_arrivals',
   'worker_params',
 ]

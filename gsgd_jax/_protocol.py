@@ -17,6 +17,7 @@ A transformation that changes where a worker *reads* says so in its state, by
 reads through (a second optimizer's, a worker's own) is wrapped in `Unread`.
 """
 
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -37,6 +38,24 @@ class ReadPoint(NamedTuple):
 
   active: jax.Array  # shape=(), dtype=bool.
   params: optax.Params
+
+
+class Clock(NamedTuple):
+  """The workers' clock, and what costs time on it beside their tasks."""
+
+  time: Any  # A `clock.Time`: when the last gradient arrived.
+  workers: jax.Array  # shape=(), dtype=int32.
+  unit: Any  # A `clock.Time`: of one worker's gradient of a packet's batch.
+  sync_cost: Any  # A `clock.Time`.
+
+
+class Replays(NamedTuple):
+  """Replays that cost time on the clock, so far; shape=(), dtype=int32."""
+
+  serial: jax.Array  # Replays that the server took itself.
+  parallel: jax.Array  # Windows whose replays were taken at once.
+  shared: jax.Array  # Replays that all workers took together.
+  batch_size: jax.Array  # Examples in a batch.
 
 
 PACKET = ('value', 'batch', 'staleness', 'worker', 'stale_params')
@@ -79,23 +98,28 @@ def worker_params(params: optax.Params, state: optax.OptState) -> optax.Params:
     >>> print(params, gsgd_jax.worker_params(params, state))
     [0.5] [1.]
   """
-  announcement = (ReadOffset, ReadPoint, Unread)
-  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, announcement))
   read = params
-  for offset in (x for x in found if isinstance(x, ReadOffset)):
+  for offset in announced(state, ReadOffset):
     read = _where_announced(
       lambda p, d, c=offset.scale: (p + c * d).astype(p.dtype),
       read,
       offset.tree,
     )
   # The outermost point wins, so it comes last.
-  for point in (x for x in reversed(found) if isinstance(x, ReadPoint)):
+  for point in reversed(announced(state, ReadPoint)):
     read = _where_announced(
       lambda p, q, active=point.active: jnp.where(active, q, p),
       read,
       point.params,
     )
   return read
+
+
+def announced(state: optax.OptState, kind: type) -> list[Any]:
+  """What a state announces of a kind, from the outermost to the innermost."""
+  leaf = lambda x: isinstance(x, (kind, Unread))
+  found = jax.tree.leaves(state, is_leaf=leaf)
+  return [x for x in found if isinstance(x, kind)]
 
 
 def _where_announced(fn, params, announced):
@@ -122,6 +146,24 @@ def positive_int(name: str, given: Any, minimum: int = 1) -> int:
   if result < minimum:
     raise ValueError(f'{name} must be at least {minimum}, got {result}')
   return result
+
+
+def real(name: str, given: Any) -> float:
+  """Checks a number that is known in Python: finite, and not negative."""
+  try:
+    if isinstance(given, (bool, str, jax.core.Tracer)):
+      raise TypeError
+    result = float(given)
+  except TypeError:
+    raise ValueError(f'{name} must be a number, got {given!r}') from None
+  if not 0 <= result < math.inf:
+    raise ValueError(f'{name} must be finite and at least 0, got {given!r}')
+  return result
+
+
+def real_or_traced(name: str, given: Any) -> Any:
+  """The same, but lets an injected hyperparameter through."""
+  return given if isinstance(given, jax.core.Tracer) else real(name, given)
 
 
 def one_of(name: str, given: Any, allowed: tuple[str, ...]) -> str:

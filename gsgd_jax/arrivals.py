@@ -1,55 +1,80 @@
-"""Who arrives next at the parameter server.
+"""Who arrives next at the parameter server, and when.
 
-An arrival process is a pair of pure functions, an `ArrivalProcess`. They run
-inside the jitted step, so what they remember is a pytree of arrays and what
-they do is traced.
+A cluster is described by how long its workers' tasks take: an
+`ArrivalProcess` is a pair of pure functions, `init` for what is known of the
+machines, `duration` for the time of a worker's k-th task. Given the machines
+that time depends on the worker, k and the clock alone, so nothing has to be
+remembered: a run resumes exactly, and is the same under `jit`, `scan` and
+`vmap`. Whoever emulates the cluster (`_cluster`) keeps finish times and takes
+the earliest.
+
+Processes: `round_robin`, `fixed_speeds`, `gamma_arrivals`, `uniform_arrivals`,
+`exponential_arrivals`; `traces` has those that were recorded. `straggler` and
+`failing` change one worker of any of them.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from gsgd_jax import _protocol, clock
+from gsgd_jax.clock import Time
 
 
 class ArrivalProcess(NamedTuple):
-  """The order in which workers arrive.
+  """How long workers' tasks take, and so who arrives next.
+
+  Times are in mean gradient computations. All workers begin their first task
+  at time 0; a worker that arrives begins its next one at once.
 
   Attributes:
-    init: ``init(workers, key) -> state``: what the process remembers at the
-      start, a pytree of arrays. ``workers`` is a Python int, ``key`` a raw
-      PRNG key (uint32, shape (2,)).
-    next: ``next(state) -> (worker, state)``: the worker that arrives next, an
-      int32 scalar in ``[0, workers)``, and the new state. Called once for
-      every applied gradient, never while workers are still taking their first.
+    init: ``init(workers, key) -> machines``: what is known of the machines, a
+      pytree of arrays. ``workers`` is a Python int, ``key`` a raw PRNG key
+      (uint32, shape (2,)).
+    duration: ``duration(machines, worker, task, now) -> time``: how long a
+      worker's task takes that begins at ``now``: a float scalar of at least 0,
+      or a :class:`Time` for exactness; infinite if it never ends. ``worker``
+      and ``task`` are int32 scalars; a worker's tasks are numbered from 0 (in
+      rounds of :func:`synchronous` from 1), ``now`` is a :class:`Time`.
+    lost: ``lost(machines, worker, task, now) -> bool``: whether nothing comes
+      of that task: it ends, but its gradient is not applied. None if every
+      gradient reaches the server.
+    length: How many arrivals there are, if they end; None if they do not.
+    stopping: The workers that stop for good at some time, a frozenset of ints.
 
   Examples:
-    Worker 0 is so fast that it alone ever arrives:
+    Every other task of a worker takes three times as long:
 
     >>> import jax.numpy as jnp
     >>> import gsgd_jax, optax
-    >>> hare = gsgd_jax.ArrivalProcess(
+    >>> hiccups = gsgd_jax.ArrivalProcess(
     ...     init=lambda workers, key: (),
-    ...     next=lambda state: (jnp.zeros([], jnp.int32), state))
-    >>> tx = gsgd_jax.asynchronous(optax.sgd(0.1), workers=4, arrivals=hare)
+    ...     duration=lambda machines, worker, task, now:
+    ...         jnp.where(task % 2 == 0, 0.5, 1.5))
+    >>> tx = gsgd_jax.asynchronous(optax.sgd(0.1), workers=4, arrivals=hiccups)
   """
 
   init: Callable[[int, jax.Array], Any]
-  next: Callable[[Any], tuple[jax.Array, Any]]
+  duration: Callable[[Any, jax.Array, jax.Array, Time], jax.Array | Time]
+  lost: Callable[[Any, jax.Array, jax.Array, Time], jax.Array] | None = None
+  length: int | None = None
+  stopping: frozenset[int] = frozenset()
 
 
-class RoundRobinState(NamedTuple):
-  """State of `round_robin`."""
-
-  worker: jax.Array  # shape=(), dtype=int32: who arrives next.
-  workers: jax.Array  # shape=(), dtype=int32.
+_UNIT = Time(np.int32(1), np.int32(0))
 
 
 def round_robin() -> ArrivalProcess:
   """Workers arrive in turn: 0, 1, ..., N-1, 0, 1, ...
 
   The kindest cluster: the first N gradients have staleness 0, 1, ..., N-1 and
-  every later one N-1.
+  every later one N-1. A task takes one unit; worker i begins with a head start
+  and arrives first after (i + 1) / N, so that arrivals are 1 / N apart. In
+  rounds of :func:`synchronous` all take one unit.
 
   Returns:
     An :class:`ArrivalProcess`.
@@ -62,13 +87,321 @@ def round_robin() -> ArrivalProcess:
 
   def init(workers, key):
     del key
-    return RoundRobinState(
-      worker=jnp.zeros([], jnp.int32),
-      workers=jnp.asarray(workers, jnp.int32),
+    return clock.arrays(clock.of_float64(np.arange(1, workers + 1) / workers))
+
+  def duration(first, worker, task, now):
+    del now
+    return clock.where(task == 0, clock.at(first, worker), _UNIT)
+
+  return ArrivalProcess(init, duration)
+
+
+def fixed_speeds(speeds: Sequence[float]) -> ArrivalProcess:
+  """Every worker has a speed of its own, and keeps it.
+
+  A task of worker i takes ``1 / speeds[i]`` units. Of workers that arrive at
+  the same time the lower index comes first.
+
+  Args:
+    speeds: Gradients a unit, a positive number for each worker.
+
+  Returns:
+    An :class:`ArrivalProcess`.
+
+  Raises:
+    ValueError: ``speeds`` are not positive and finite, or (when the
+      transformation is initialised) not as many as there are workers.
+
+  Examples:
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.asynchronous(
+    ...     optax.sgd(0.1), workers=3,
+    ...     arrivals=gsgd_jax.fixed_speeds([2.0, 1.0, 0.25]))
+  """
+  try:
+    speeds = np.asarray(speeds, np.float64)
+    valid = speeds.ndim == 1 and np.all((speeds > 0) & (speeds < np.inf))
+  except (TypeError, ValueError):
+    valid = False
+  if not valid:
+    raise ValueError(f'speeds must be positive numbers, got {speeds!r}')
+
+  def init(workers, key):
+    del key
+    if len(speeds) != workers:
+      raise ValueError(
+        f'speeds must be as many as the workers, got {len(speeds)} for '
+        f'{workers} workers'
+      )
+    return clock.arrays(clock.of_float64(1 / speeds))
+
+  def duration(times, worker, task, now):
+    del task, now
+    return clock.at(times, worker)
+
+  return ArrivalProcess(init, duration)
+
+
+class Machines(NamedTuple):
+  """What is known of machines with random task times."""
+
+  mean: jax.Array | None  # shape=(workers,), float32: units a task, on average.
+  key: jax.Array  # shape=(2,), uint32.
+
+
+def gamma_arrivals(cv: float = 0.1, machine_cv: float = 0.0) -> ArrivalProcess:
+  r"""Gamma-distributed task times on even or uneven machines.
+
+  .. math::
+
+    \mu_i \sim \mathrm{Gamma}(\text{mean } 1, \text{variation } v), \quad
+    t_{ik} \sim \mathrm{Gamma}(\text{mean } \mu_i, \text{variation } c)
+
+  with :math:`\mu_i` the mean task time of machine i, drawn once, and
+  :math:`t_{ik}` the time of its k-th task; the variation is the standard
+  deviation over the mean. With ``cv=0.1``, ``machine_cv=0`` is the usual
+  homogeneous cluster, 0.6 the usual heterogeneous one (where the fast machines
+  deliver 1.56 N gradients a unit between them, on average).
+
+  Args:
+    cv: c, at least 0.
+    machine_cv: v, at least 0; at 0 all machines are equal.
+
+  Returns:
+    An :class:`ArrivalProcess`.
+
+  Raises:
+    ValueError: A variation is not finite or negative.
+
+  Examples:
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.asynchronous(
+    ...     optax.sgd(0.1), workers=64,
+    ...     arrivals=gsgd_jax.gamma_arrivals(machine_cv=0.6))
+
+  References:
+    Ali et al., `Task execution time modeling for heterogeneous computing
+    systems`, 2000.
+    Hakimi et al., `Taming Momentum in a Distributed Asynchronous Environment`,
+    arXiv:1907.11612, 2019.
+  """
+  cv = _protocol.real('cv', cv)
+  return _random(lambda key: _gamma(key, cv), machine_cv)
+
+
+def uniform_arrivals(
+  spread: float = 0.5, machine_cv: float = 0.0
+) -> ArrivalProcess:
+  r"""Task times uniform in :math:`\mu_i (1 \pm \text{spread})`.
+
+  Args:
+    spread: From 0 to 1.
+    machine_cv: As in :func:`gamma_arrivals`: the variation of :math:`\mu_i`.
+
+  Returns:
+    An :class:`ArrivalProcess`.
+
+  Raises:
+    ValueError: An argument is out of its range.
+
+  Examples:
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.asynchronous(
+    ...     optax.sgd(0.1), workers=4, arrivals=gsgd_jax.uniform_arrivals())
+  """
+  spread = _protocol.real('spread', spread)
+  if spread > 1:
+    raise ValueError(f'spread must be from 0 to 1, got {spread:g}')
+
+  def draw(key):
+    return jax.random.uniform(
+      key, (), jnp.float32, minval=1 - spread, maxval=1 + spread
     )
 
-  def next_worker(state):
-    following = (state.worker + 1) % state.workers
-    return state.worker, state._replace(worker=following)
+  return _random(draw, machine_cv)
 
-  return ArrivalProcess(init, next_worker)
+
+def exponential_arrivals(machine_cv: float = 0.0) -> ArrivalProcess:
+  r"""Exponential task times: whoever computes may arrive at any moment.
+
+  The memoryless cluster of queueing theory; a worker's task takes
+  :math:`\mu_i` units on average.
+
+  Args:
+    machine_cv: As in :func:`gamma_arrivals`: the variation of :math:`\mu_i`.
+
+  Returns:
+    An :class:`ArrivalProcess`.
+
+  Raises:
+    ValueError: ``machine_cv`` is not finite or negative.
+
+  Examples:
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.asynchronous(
+    ...     optax.sgd(0.1), workers=4,
+    ...     arrivals=gsgd_jax.exponential_arrivals())
+  """
+  draw = lambda key: jax.random.exponential(key, (), jnp.float32)
+  return _random(draw, machine_cv)
+
+
+def _random(draw, machine_cv):
+  """Task times `mean_i * draw(key)`, with a key for each task."""
+  machine_cv = _protocol.real('machine_cv', machine_cv)
+
+  def init(workers, key):
+    machine_key, task_key = jax.random.split(key)
+    mean = None
+    if machine_cv:
+      mean = _gamma(machine_key, machine_cv, (workers,))
+    return Machines(mean, task_key)
+
+  def duration(machines, worker, task, now):
+    del now
+    key = jax.random.fold_in(machines.key, worker)
+    time = draw(jax.random.fold_in(key, task))
+    return time if machines.mean is None else machines.mean[worker] * time
+
+  return ArrivalProcess(init, duration)
+
+
+def _gamma(key, cv, shape=()):
+  """Of mean 1. In float32 whatever the precision: the same cluster."""
+  if cv == 0:
+    return jnp.ones(shape, jnp.float32)
+  scale = cv**2
+  return scale * jax.random.gamma(key, 1 / scale, shape, jnp.float32)
+
+
+def straggler(
+  arrivals: ArrivalProcess, slowdown: float, worker: int = 0
+) -> ArrivalProcess:
+  """One worker's tasks take ``slowdown`` times as long.
+
+  Args:
+    arrivals: The process without it.
+    slowdown: A positive number; below 1 the worker is faster than it was.
+    worker: Which one, from 0.
+
+  Returns:
+    An :class:`ArrivalProcess`.
+
+  Raises:
+    ValueError: ``slowdown`` is not positive; ``worker`` is not an int from 0,
+      or (when the transformation is initialised) there is none of that number;
+      ``arrivals`` are a trace.
+
+  Examples:
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.asynchronous(
+    ...     optax.sgd(0.1), workers=4,
+    ...     arrivals=gsgd_jax.straggler(gsgd_jax.gamma_arrivals(), 10.0))
+  """
+  slowdown = _protocol.real('slowdown', slowdown)
+  if slowdown == 0:
+    raise ValueError('slowdown must be positive, got 0')
+  worker = _protocol.positive_int('worker', worker, minimum=0)
+  _check_not_recorded('straggler', arrivals)
+
+  def duration(machines, this, task, now):
+    time = clock.of(arrivals.duration(machines, this, task, now))
+    return clock.where(this == worker, clock.scale(time, slowdown), time)
+
+  return arrivals._replace(
+    init=_with_worker(arrivals.init, worker), duration=duration
+  )
+
+
+def failing(
+  arrivals: ArrivalProcess,
+  at: float,
+  worker: int = 0,
+  back: float | None = None,
+) -> ArrivalProcess:
+  """One worker fails at a time, and may come back.
+
+  What it was computing is lost. If it comes back it reads the parameters and
+  begins anew; if not, nobody waits for it, and its last gradient is never
+  applied. (Rounds of :func:`synchronous` that need everybody wait for one that
+  comes back, and refuse one that does not.)
+
+  Args:
+    arrivals: The process without it.
+    at: When it fails, in mean gradient computations since the start.
+    worker: Which one, from 0.
+    back: When it comes back, likewise, after ``at``; None if never.
+
+  Returns:
+    An :class:`ArrivalProcess`.
+
+  Raises:
+    ValueError: A time is not finite or negative, or ``back`` is not after
+      ``at``; ``worker`` is not an int from 0, or (when the transformation is
+      initialised) there is none of that number; ``arrivals`` are a trace.
+
+  Examples:
+    >>> import gsgd_jax, optax
+    >>> tx = gsgd_jax.asynchronous(
+    ...     optax.sgd(0.1), workers=4,
+    ...     arrivals=gsgd_jax.failing(gsgd_jax.gamma_arrivals(), at=50.0))
+  """
+  at = _protocol.real('at', at)
+  worker = _protocol.positive_int('worker', worker, minimum=0)
+  if back is not None:
+    back = _protocol.real('back', back)
+    if back <= at:
+      raise ValueError(f'back must be after at={at:g}, got {back:g}')
+  _check_not_recorded('failing', arrivals)
+  fails, returns = (
+    clock.of_float64(np.float64(np.inf if time is None else time))
+    for time in (at, back)
+  )
+
+  def interrupted(this, now, time):
+    """Whether a task is under way, or would begin, while the worker is away."""
+    after = clock.at_most(returns, now)
+    done = clock.at_most(clock.add(now, time), fails)
+    return (this == worker) & ~(after | done)
+
+  def duration(machines, this, task, now):
+    time = clock.of(arrivals.duration(machines, this, task, now))
+    away = clock.subtract(returns, now)
+    return clock.where(interrupted(this, now, time), away, time)
+
+  def lost(machines, this, task, now):
+    time = clock.of(arrivals.duration(machines, this, task, now))
+    lost = interrupted(this, now, time)
+    if arrivals.lost is not None:
+      lost |= arrivals.lost(machines, this, task, now)
+    return lost
+
+  stopping = arrivals.stopping | ({worker} if back is None else set())
+  return arrivals._replace(
+    init=_with_worker(arrivals.init, worker),
+    duration=duration,
+    # What never arrives need not be told from what is lost.
+    lost=arrivals.lost if back is None else lost,
+    stopping=frozenset(stopping),
+  )
+
+
+def _with_worker(init, worker):
+  """`init` that refuses a cluster without that worker."""
+
+  def checked(workers, key):
+    if worker >= operator.index(workers):
+      raise ValueError(
+        f'worker must be below the number of workers, {workers}, got {worker}'
+      )
+    return init(workers, key)
+
+  return checked
+
+
+def _check_not_recorded(who, arrivals):
+  if arrivals.length is not None:
+    raise ValueError(
+      f'{who} changes task times, but a trace says when everybody arrives: '
+      'change the trace'
+    )

@@ -25,6 +25,7 @@ from jax import lax
 from gsgd_jax import _protocol, _ring
 
 _DECAY = 0.9  # Of the running mean of the workers' losses.
+_REPLAY_MODELS = ('serial', 'parallel', 'shared')
 _SELECT = ('consistent', 'random', 'hardest', 'inconsistent', 'surprise')
 
 
@@ -52,6 +53,7 @@ class GuidedState(NamedTuple):
   window: Window
   replayed: jax.Array  # shape=(replays,), int32: positions, in order; else -1.
   gradient_evaluations: jax.Array  # shape=(), int32: arrivals and replays.
+  replays: _protocol.Replays  # By what they cost; see `simulated_time`.
   key: jax.Array | None  # shape=(2,), uint32; `select='random'` only.
   inner_state: optax.OptState
   replay_state: _protocol.Unread  # Of `replay_with`.
@@ -67,6 +69,7 @@ def guided(
   select: str = 'consistent',
   average_scores: bool = False,
   replay_with: optax.GradientTransformation | None = None,
+  replay_model: str = 'serial',
   batch_like: Any = None,
   seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -118,7 +121,9 @@ def guided(
   ``inner`` its gradient is taken at ``worker_params(w, inner_state)``, through
   ``replay_with`` at :math:`w`. A stored gradient is replayed with its own
   ``value``, its staleness plus its age (the updates since it arrived, its own
-  included) and no ``stale_params``.
+  included) and no ``stale_params``. With ``replay_model='parallel'`` the
+  gradients of a window's replays are all taken at the parameters at its end,
+  and the i-th one that is applied has ``staleness`` i.
 
   Place ``guided`` last in a chain: members before it see arriving gradients
   only; and inside :func:`asynchronous`, not around it, so that replays are
@@ -152,6 +157,12 @@ def guided(
       in the convolutional variant.
     replay_with: A transformation that applies replays instead of ``inner``,
       with a state of its own.
+    replay_model: Who takes the replays' gradients, and what they cost on the
+      clock (:func:`simulated_time`): ``'serial'``, the server itself, one
+      unit each; ``'parallel'``, as many workers at once, all at the parameters
+      at the window's end, one unit for all of a window; ``'shared'``, all
+      workers, each a share of the batch, ``1 / min(workers, batch size)`` and
+      a synchronisation each. Stored gradients cost nothing.
     batch_like: A batch, or its ``jax.ShapeDtypeStruct`` s; required with
       ``loss_fn``. A window of batches is kept.
     seed: Seed of ``select='random'``, an int (may be traced).
@@ -194,7 +205,7 @@ def guided(
   """
   inner = optax.with_extra_args_support(inner)
   rule = _checked_rule(
-    loss_fn, window, replays, revisit, select, average_scores
+    loss_fn, window, replays, revisit, select, average_scores, replay_model
   )
   if rule.replays == 0:
     return inner
@@ -215,6 +226,7 @@ def guided(
       window=_empty_window(rule, params, batch_like),
       replayed=jnp.full([rule.replays], -1, jnp.int32),
       gradient_evaluations=jnp.zeros([], jnp.int32),
+      replays=_no_replays(batch_like),
       key=jax.random.PRNGKey(seed) if select == 'random' else None,
       inner_state=inner.init(params),
       replay_state=_protocol.Unread(replayer.init(params)),
@@ -265,6 +277,7 @@ def guided(
       window=scored,
       replayed=jnp.where(ends, jnp.where(replaying, order, -1), state.replayed),
       gradient_evaluations=state.gradient_evaluations + spent,
+      replays=_more_replays(rule, state.replays, number),
       key=state.key,
       inner_state=inner_state,
       replay_state=_protocol.Unread(replay_state),
@@ -282,12 +295,15 @@ class _Rule(NamedTuple):
   revisit: int | None
   select: str
   average_scores: bool
+  replay_model: str
 
   def loss(self, params, batch):
     return jnp.asarray(self.loss_fn(params, batch), _protocol.score_dtype())
 
 
-def _checked_rule(loss_fn, window, replays, revisit, select, average_scores):
+def _checked_rule(
+  loss_fn, window, replays, revisit, select, average_scores, replay_model
+):
   """The settings, or an error that says which one cannot be."""
   window = _protocol.positive_int('window', window)
   if replays is None:
@@ -301,6 +317,7 @@ def _checked_rule(loss_fn, window, replays, revisit, select, average_scores):
   if revisit is not None:
     revisit = _protocol.positive_int('revisit', revisit, minimum=0)
   _protocol.one_of('select', select, _SELECT)
+  _protocol.one_of('replay_model', replay_model, _REPLAY_MODELS)
   if loss_fn is not None and not callable(loss_fn):
     raise ValueError(
       f'loss_fn must be a function of (params, batch) or None, got {loss_fn!r}'
@@ -310,7 +327,9 @@ def _checked_rule(loss_fn, window, replays, revisit, select, average_scores):
       f'revisit={revisit} takes losses anew and needs a loss_fn, got none; '
       'pass loss_fn, or revisit=0'
     )
-  return _Rule(loss_fn, window, replays, revisit, select, average_scores)
+  return _Rule(
+    loss_fn, window, replays, revisit, select, average_scores, replay_model
+  )
 
 
 def _checked_extras(rule, params, extra_args, batch_like):
@@ -431,13 +450,17 @@ def _replay(
 ):
   """Replays `number` batches; `carry` is (updates, inner's and tx's state)."""
 
-  def fresh(position, params, inner_state):
-    batch = _ring.read(window.batches, position)
-    at = params
+  def read(params, inner_state):
     if through_inner:
-      at = _protocol.worker_params(params, inner_state)
+      return _protocol.worker_params(params, inner_state)
+    return params
+
+  def fresh(position, at, staleness):
+    batch = _ring.read(window.batches, position)
     value, grads = jax.value_and_grad(rule.loss_fn)(at, batch)
-    packet = dict(value=value, batch=batch, staleness=0, stale_params=at)
+    packet = dict(
+      value=value, batch=batch, staleness=staleness, stale_params=at
+    )
     return grads, packet
 
   def stored(position):
@@ -456,7 +479,10 @@ def _replay(
     if rule.loss_fn is None:
       grads, packet = stored(position)
     else:
-      grads, packet = fresh(position, at, inner_state)
+      here, staleness = read(at, inner_state), 0
+      if rule.replay_model == 'parallel':
+        here, staleness = window_end, i
+      grads, packet = fresh(position, here, staleness)
     packet['staleness'] = jnp.asarray(packet['staleness'], jnp.int32)
     if 'worker' in extra_args:
       packet['worker'] = window.workers[position]
@@ -473,7 +499,27 @@ def _replay(
     return updates, inner_state, _ring.cast_like(tx_state, replay_state)
 
   carry = jax.tree.map(jnp.asarray, carry)
+  window_end = None
+  if rule.loss_fn is not None and rule.replay_model == 'parallel':
+    window_end = read(_apply(params, carry[0]), carry[1])
   return lax.fori_loop(0, number, replay_one, carry)
+
+
+def _no_replays(batch_like):
+  zero = lambda: jnp.zeros([], jnp.int32)
+  sizes = [x.shape[0] for x in jax.tree.leaves(batch_like) if x.shape]
+  size = min(sizes[0], 2**31 - 1) if sizes else 1
+  size = jnp.asarray(size, jnp.int32)
+  return _protocol.Replays(zero(), zero(), zero(), size)
+
+
+def _more_replays(rule, replays, number):
+  """Counted under what they cost."""
+  if rule.loss_fn is None:  # Nothing is computed.
+    return replays
+  model = rule.replay_model
+  more = jnp.minimum(number, 1) if model == 'parallel' else number
+  return replays._replace(**{model: getattr(replays, model) + more})
 
 
 def _measured_again(rule, number, params, average, extra_args):

@@ -3,10 +3,10 @@
 A worker reads parameters, takes a gradient, and meanwhile others update the
 parameters. `asynchronous` emulates a parameter server and its workers by a
 ring of gradients in flight, `delayed` a constant delay (a pipeline's stages,
-leaf by leaf), `synchronous` rounds at shared parameters. Each hands its inner
-transformation *packets* (see `_protocol`): whatever is inside, guided SGD or a
-delay compensation or a plain optimizer, would run unchanged on a real server
-that supplies the same extra arguments.
+leaf by leaf: `pipeline`). Rounds at shared parameters are in `rounds`. Each
+hands its inner transformation *packets* (see `_protocol`): whatever is inside,
+guided SGD or a delay compensation or a plain optimizer, would run unchanged on
+a real server that supplies the same extra arguments.
 
 The cost of a step does not grow with the number of workers: `_ring` says how.
 """
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from gsgd_jax import _protocol, _ring
+from gsgd_jax import _cluster, _protocol, _ring, clock, pipeline
 from gsgd_jax.arrivals import ArrivalProcess, round_robin
 
 
@@ -37,7 +38,11 @@ class AsynchronousState(NamedTuple):
   version: jax.Array  # shape=(), dtype=int32: updates applied so far.
   worker: jax.Array  # shape=(), dtype=int32: who takes the next gradient.
   read_at: jax.Array | None  # shape=(workers,), int32: version each one read.
-  arrivals: Any  # State of the arrival process.
+  overwritten: jax.Array | None  # shape=(), dtype=int32: gradients so far.
+  lost: jax.Array | None  # shape=(), dtype=int32: likewise, by failures.
+  clock: _protocol.Clock  # Of the last arrival; see `simulated_time`.
+  cluster: _cluster.Cluster  # What everybody is computing.
+  reading: jax.Array | None  # shape=(workers,), bool; `max_ahead` only.
   in_flight: InFlight | None  # None with one worker.
   worker_state: _protocol.Unread  # Of `worker_transform`, workers stacked.
   inner_state: optax.OptState
@@ -51,6 +56,9 @@ def asynchronous(
   worker_transform: optax.GradientTransformation | None = None,
   batch_like: Any = None,
   keep_params: bool = False,
+  overwrite_within: float | None = None,
+  max_ahead: int | None = None,
+  sync_cost: float = 0.1,
   seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""An asynchronous parameter server and its N workers, emulated.
@@ -78,6 +86,9 @@ def asynchronous(
   ``staleness``, ``worker`` and, with ``keep_params``, ``stale_params``. All
   other extra arguments are forwarded as they come.
 
+  Who arrives next, and when, is decided by ``arrivals`` on a simulated clock:
+  see :func:`simulated_time`.
+
   Args:
     inner: The server's optimizer, any optax transformation.
     workers: How many workers, N, at least 1. It decides shapes: with
@@ -92,6 +103,19 @@ def asynchronous(
     keep_params: Whether to keep what each worker read, for inner
       transformations that want ``stale_params``: one more copy of the
       parameters a worker.
+    overwrite_within: Gradients share one place at the server: of those that
+      follow one another within so much time (in mean gradient computations)
+      only the last is applied, the others are *overwritten*, and counted. (If
+      all follow one another that closely, none is ever applied.) None is no
+      such thing.
+    max_ahead: Bounded staleness (stale synchronous parallel): a worker that
+      has delivered over ``max_ahead`` gradients more than the slowest one
+      waits, and reads once it has caught up; at 0 nobody begins a round before
+      all have ended the last. A call may then apply no gradient, or several
+      one after another: all of them see the same other extra arguments.
+      None is no bound.
+    sync_cost: What a synchronisation of all workers costs on the clock, in
+      mean gradient computations: every shared replay of :func:`guided` is one.
     seed: Seed of the arrival process.
 
   Returns:
@@ -101,8 +125,10 @@ def asynchronous(
     zero or one trips, which cannot be differentiated in reverse.
 
   Raises:
-    ValueError: ``workers`` is not an int of at least 1; ``batch_like`` is
-      given and ``batch`` is missing or different; ``value`` is no scalar;
+    ValueError: ``workers`` is not an int of at least 1; ``overwrite_within``,
+      ``max_ahead`` or ``sync_cost`` is out of its range, or ``max_ahead`` has
+      to wait for workers that stop for good; ``batch_like`` is given and
+      ``batch`` is missing or different; ``value`` is no scalar;
       ``keep_params`` without parameters.
 
   Examples:
@@ -123,192 +149,39 @@ def asynchronous(
 
   References:
     Dean et al., `Large Scale Distributed Deep Networks`, 2012.
+    Ho et al., `More Effective Distributed ML via a Stale Synchronous Parallel
+    Parameter Server`, NIPS 2013.
     Sharma, `Guided parallelized stochastic gradient descent for delay
     compensation`, arXiv:2101.07259, 2021.
   """
-  return _server(
-    inner,
-    _protocol.positive_int('workers', workers),
-    who='asynchronous',
-    arrivals=arrivals,
-    worker_transform=worker_transform,
-    batch_like=batch_like,
-    keep_params=keep_params,
-    seed=seed,
+  if overwrite_within is not None:
+    overwrite_within = _protocol.real_or_traced(
+      'overwrite_within', overwrite_within
+    )
+  if max_ahead is not None:
+    max_ahead = _protocol.positive_int('max_ahead', max_ahead, minimum=0)
+    if arrivals.stopping or arrivals.length is not None:
+      raise ValueError(
+        'max_ahead waits for the slowest worker, but with these arrivals some '
+        'stop for good: everybody would wait for ever'
+      )
+  if worker_transform is None:
+    worker_transform = optax.identity()
+  return _transformation(
+    _Server(
+      inner=optax.with_extra_args_support(inner),
+      workers=_protocol.positive_int('workers', workers),
+      who='asynchronous',
+      arrivals=arrivals,
+      transform=optax.with_extra_args_support(worker_transform),
+      batch_like=batch_like,
+      keep_params=keep_params,
+      overwrite_within=overwrite_within,
+      max_ahead=max_ahead,
+      sync_cost=_protocol.real_or_traced('sync_cost', sync_cost),
+      seed=seed,
+    )
   )
-
-
-def _server(
-  inner,
-  workers,
-  *,
-  who,
-  arrivals,
-  worker_transform=None,
-  batch_like=None,
-  keep_params=False,
-  seed=0,
-):
-  """`asynchronous`, and `delayed` with an int."""
-  inner = optax.with_extra_args_support(inner)
-  transform = optax.with_extra_args_support(
-    optax.identity() if worker_transform is None else worker_transform
-  )
-  alone = workers == 1
-
-  def init_fn(params):
-    return AsynchronousState(
-      count=jnp.zeros([], jnp.int32),
-      version=jnp.zeros([], jnp.int32),
-      worker=jnp.zeros([], jnp.int32),
-      read_at=None if alone else jnp.zeros([workers], jnp.int32),
-      arrivals=arrivals.init(workers, jax.random.PRNGKey(seed)),
-      in_flight=None if alone else in_flight_init(params),
-      worker_state=_protocol.Unread(
-        transform.init(params)
-        if alone
-        else _ring.stack(transform.init(params), workers)
-      ),
-      inner_state=inner.init(params),
-    )
-
-  def in_flight_init(params):
-    return InFlight(
-      updates=_ring.stack(optax.tree.zeros_like(params), workers),
-      value=jnp.zeros([workers], _protocol.score_dtype()),
-      batch=_ring.empty(_protocol.abstract(batch_like), workers),
-      stale_params=_ring.stack(params, workers) if keep_params else None,
-    )
-
-  def packet_of_call(state, params, extra_args):
-    """What the caller's gradient carries, without the gradient."""
-    if keep_params:
-      _protocol.required_params(who, params)
-    value = _protocol.scalar_value(who, extra_args)
-    batch = None
-    if batch_like is not None:
-      batch = _protocol.checked_batch(who, extra_args, batch_like)
-    read = None
-    if params is not None:
-      read = _protocol.worker_params(params, state.inner_state)
-    return value, batch, read
-
-  def extras(
-    extra_args, gradient, value, batch, staleness, worker, stale_params
-  ):
-    packet = dict(value=value, batch=batch, stale_params=stale_params)
-    packet = {k: v for k, v in packet.items() if v is not None}
-    if who == 'asynchronous':
-      packet['worker'] = worker
-    return {
-      **_protocol.other_extras(extra_args, gradient),
-      **packet,
-      'staleness': staleness,
-    }
-
-  def update_alone(updates, state, params=None, **extra_args):
-    _, _, read = packet_of_call(state, params, extra_args)
-    transformed, worker_state = transform.update(
-      updates, state.worker_state.state, read, **extra_args
-    )
-    new_updates, inner_state = inner.update(
-      transformed,
-      state.inner_state,
-      params,
-      **extras(
-        extra_args,
-        transformed,
-        extra_args.get('value'),
-        extra_args.get('batch'),
-        jnp.zeros([], jnp.int32),
-        jnp.zeros([], jnp.int32),
-        read if keep_params else None,
-      ),
-    )
-    return new_updates, state._replace(
-      count=optax.safe_increment(state.count),
-      version=optax.safe_increment(state.version),
-      worker_state=_protocol.Unread(worker_state),
-      inner_state=inner_state,
-    )
-
-  def update_fn(updates, state, params=None, **extra_args):
-    value, batch, read = packet_of_call(state, params, extra_args)
-    sent, worker_state = send(updates, state, read, extra_args)
-    in_flight = _ring.write(
-      state.in_flight,
-      state.worker,
-      InFlight(
-        updates=sent,
-        value=_ring.read(state.in_flight.value, state.worker)
-        if value is None
-        else value,
-        batch=batch,
-        stale_params=read if keep_params else None,
-      ),
-    )
-    filled = state.count >= workers - 1
-    worker, arrivals_state = arrivals.next(state.arrivals)
-    arrived = _ring.read(in_flight, worker)
-    packet = extras(
-      extra_args,
-      arrived.updates,
-      None if value is None else arrived.value,
-      arrived.batch,
-      state.version - state.read_at[worker],
-      worker,
-      arrived.stale_params,
-    )
-
-    def apply(carry):
-      arrived, inner_state = carry
-      return inner.update(arrived, inner_state, params, **packet)
-
-    new_updates, inner_state = _ring.applied_when(
-      filled,
-      apply,
-      (_ring.cast_like(arrived.updates, updates), state.inner_state),
-    )
-    version = state.version + filled.astype(jnp.int32)
-    return new_updates, AsynchronousState(
-      count=optax.safe_increment(state.count),
-      version=version,
-      worker=jnp.where(filled, worker, state.worker + 1),
-      read_at=_ring.write(state.read_at, worker, version),
-      arrivals=optax.tree.where(filled, arrivals_state, state.arrivals),
-      in_flight=in_flight,
-      worker_state=worker_state,
-      inner_state=inner_state,
-    )
-
-  def send(updates, state, read, extra_args):
-    """Applies the worker's own transformation."""
-    if worker_transform is None:
-      return updates, state.worker_state
-    slots = state.worker_state.state
-    slot = _ring.read(slots, state.worker)
-
-    def apply(carry):
-      sent, slot = carry
-      return transform.update(sent, slot, read, **extra_args)
-
-    # Always one trip, but the compiler cannot know: so the slot alone is
-    # copied, never the ring.
-    sent, slot = _ring.when(state.count >= 0, apply, (updates, slot))
-    return sent, _protocol.Unread(_ring.write(slots, state.worker, slot))
-
-  return optax.GradientTransformationExtraArgs(
-    init_fn, update_alone if alone else update_fn
-  )
-
-
-class DelayedState(NamedTuple):
-  """State of `delayed` with a tree of ints."""
-
-  count: jax.Array  # shape=(), dtype=int32: calls so far.
-  in_flight: optax.Updates  # A ring of delay + 1 slots a leaf; none for 0.
-  stale_params: optax.Params | None  # Likewise, with `keep_params`.
-  inner_state: optax.OptState
 
 
 def delayed(
@@ -317,6 +190,7 @@ def delayed(
   *,
   batch_like: Any = None,
   keep_params: bool = False,
+  sync_cost: float = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Every gradient arrives ``delay`` updates late.
 
@@ -347,10 +221,11 @@ def delayed(
     batch_like: A batch, or its ``jax.ShapeDtypeStruct`` s. If given (with an
       int), ``batch`` is required and travels with its gradient.
     keep_params: Whether to keep the parameters that gradients were taken at.
+    sync_cost: As in :func:`asynchronous`.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is an
-    ``AsynchronousState`` (int) or a ``DelayedState`` (tree).
+    ``AsynchronousState`` (int) or a ``DelayedState`` (tree; it has no clock).
 
   Raises:
     ValueError: A delay is not an int or negative, its tree does not fit the
@@ -373,13 +248,20 @@ def delayed(
     Kosson et al., `Pipelined Backpropagation at Scale`, arXiv:2003.11666, 2021.
   """
   if jax.tree.structure(delay) == jax.tree.structure(0):
-    return _server(
-      inner,
-      _protocol.positive_int('delay', delay, minimum=0) + 1,
-      who='delayed',
-      arrivals=round_robin(),
-      batch_like=batch_like,
-      keep_params=keep_params,
+    return _transformation(
+      _Server(
+        inner=optax.with_extra_args_support(inner),
+        workers=_protocol.positive_int('delay', delay, minimum=0) + 1,
+        who='delayed',
+        arrivals=round_robin(),
+        transform=optax.with_extra_args_support(optax.identity()),
+        batch_like=batch_like,
+        keep_params=keep_params,
+        overwrite_within=None,
+        max_ahead=None,
+        sync_cost=_protocol.real_or_traced('sync_cost', sync_cost),
+        seed=0,
+      )
     )
   if batch_like is not None:
     raise ValueError(
@@ -391,291 +273,291 @@ def delayed(
   )
   if not jax.tree.leaves(delay):
     raise ValueError(f'delay must be an int or a tree of ints, got {delay!r}')
-  return _delayed_leaves(inner, delay, keep_params)
+  return pipeline.delayed_leaves(inner, delay, keep_params)
 
 
-def _delayed_leaves(inner, delay, keep_params):
-  """`delayed` with a tree of ints."""
-  inner = optax.with_extra_args_support(inner)
-  first = min(jax.tree.leaves(delay))
+class _Server(NamedTuple):
+  """The settings of `asynchronous`, and of `delayed` with an int."""
 
-  def delays_of(params):
-    try:
-      return jax.tree.broadcast(delay, params)
-    except ValueError as e:
-      raise ValueError(
-        f'delay must have the structure of the parameters or a prefix of it, '
-        f'got {jax.tree.structure(delay)} for {jax.tree.structure(params)}'
-      ) from e
+  inner: optax.GradientTransformationExtraArgs
+  workers: int
+  who: str
+  arrivals: ArrivalProcess
+  transform: optax.GradientTransformationExtraArgs
+  batch_like: Any
+  keep_params: bool
+  overwrite_within: float | None
+  max_ahead: int | None
+  sync_cost: float
+  seed: int | jax.Array
 
-  def rings_of(params):
-    if not jax.tree.leaves(params):  # Also what optax.tree.map_params puts in.
-      return params
-    return jax.tree.map(
-      lambda p, d: _ring.stack(p, d + 1 if d else 0),
-      params,
-      delays_of(params),
-    )
+  @property
+  def alone(self):
+    """One worker of whom every gradient is applied needs no ring."""
+    process = self.arrivals
+    every = process.length is None and process.lost is None
+    return self.workers == 1 and every and self.overwrite_within is None
 
-  def through_ring(ring, x, d, count):
-    """Writes `x`, reads what was written `d` calls ago."""
-    if d == 0:
-      return ring, x
-    ring = _ring.write(ring, count % (d + 1), x)
-    return ring, _ring.read(ring, (count + 1) % (d + 1)).astype(x.dtype)
 
-  def through_rings(rings, tree, delays, count):
-    pairs = jax.tree.map(
-      lambda r, x, d: through_ring(r, x, d, count), rings, tree, delays
-    )
-    return jax.tree.transpose(
-      jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs
-    )
+def _transformation(server):
+  update = _update
+  if server.alone:
+    update = _update_alone
+  elif server.max_ahead is not None:
+    update = _update_bounded
 
   def init_fn(params):
-    return DelayedState(
-      count=jnp.zeros([], jnp.int32),
-      # Slots that were never written hold zeros: no gradient yet.
-      in_flight=rings_of(optax.tree.zeros_like(params)),
-      stale_params=rings_of(params) if keep_params else None,
-      inner_state=inner.init(params),
-    )
+    return _init(server, params)
 
   def update_fn(updates, state, params=None, **extra_args):
-    if keep_params:
-      _protocol.required_params('delayed', params)
-    count, delays = state.count, delays_of(updates)
-    in_flight, arrived = through_rings(state.in_flight, updates, delays, count)
-    extras = _protocol.other_extras(extra_args, arrived)
-    version = jnp.maximum(count - first, 0)
-    extras['staleness'] = jax.tree.map(
-      lambda d: version - jnp.maximum(count - d - first, 0), delays
+    return update(server, updates, state, params, extra_args)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init(server, params):
+  workers, alone = server.workers, server.alone
+  bounded = server.max_ahead is not None and not alone
+  worker_state = server.transform.init(params)
+  if not alone:
+    worker_state = _ring.stack(worker_state, workers)
+  # Every leaf is an array of its own: the state may be donated.
+  zero = lambda: jnp.zeros([], jnp.int32)
+  return AsynchronousState(
+    count=zero(),
+    version=zero(),
+    worker=zero(),
+    read_at=None if alone else jnp.zeros([workers], jnp.int32),
+    overwritten=None if server.overwrite_within is None else zero(),
+    lost=None if server.arrivals.lost is None else zero(),
+    clock=_cluster.clock_of(workers, server.sync_cost),
+    cluster=_cluster.begin(server.arrivals, workers, server.seed, idle=bounded),
+    reading=jnp.ones([workers], bool) if bounded else None,
+    in_flight=None if alone else _nothing_in_flight(server, params),
+    worker_state=_protocol.Unread(worker_state),
+    inner_state=server.inner.init(params),
+  )
+
+
+def _nothing_in_flight(server, params):
+  workers = server.workers
+  return InFlight(
+    updates=_ring.stack(optax.tree.zeros_like(params), workers),
+    value=jnp.zeros([workers], _protocol.score_dtype()),
+    batch=_ring.empty(_protocol.abstract(server.batch_like), workers),
+    stale_params=_ring.stack(params, workers) if server.keep_params else None,
+  )
+
+
+def _packet_of_call(server, state, params, extra_args):
+  """What the caller's gradient carries, without the gradient."""
+  if server.keep_params:
+    _protocol.required_params(server.who, params)
+  value = _protocol.scalar_value(server.who, extra_args)
+  batch = None
+  if server.batch_like is not None:
+    batch = _protocol.checked_batch(server.who, extra_args, server.batch_like)
+  read = None
+  if params is not None:
+    read = _protocol.worker_params(params, state.inner_state)
+  return value, batch, read
+
+
+def _extras(server, extra_args, arrived, staleness, worker):
+  """What the inner transformation is given beside the gradient."""
+  packet = arrived._asdict()
+  gradient = packet.pop('updates')
+  if extra_args.get('value') is None:
+    packet.pop('value')
+  packet = {k: v for k, v in packet.items() if v is not None}
+  if server.who == 'asynchronous':
+    packet['worker'] = worker
+  return {
+    **_protocol.other_extras(extra_args, gradient),
+    **packet,
+    'staleness': staleness,
+  }
+
+
+def _update_alone(server, updates, state, params, extra_args):
+  _, _, read = _packet_of_call(server, state, params, extra_args)
+  sent, worker_state = server.transform.update(
+    updates, state.worker_state.state, read, **extra_args
+  )
+  arrived = InFlight(
+    sent,
+    extra_args.get('value'),
+    extra_args.get('batch'),
+    read if server.keep_params else None,
+  )
+  zero = jnp.zeros([], jnp.int32)
+  new_updates, inner_state = server.inner.update(
+    sent,
+    state.inner_state,
+    params,
+    **_extras(server, extra_args, arrived, zero, zero),
+  )
+  worker, now = _cluster.next_arrival(state.cluster)
+  return new_updates, state._replace(
+    count=optax.safe_increment(state.count),
+    version=optax.safe_increment(state.version),
+    clock=state.clock._replace(time=now),
+    cluster=_cluster.restarted(
+      server.arrivals, state.cluster, worker, now, jnp.ones([], bool)
+    ),
+    worker_state=_protocol.Unread(worker_state),
+    inner_state=inner_state,
+  )
+
+
+def _update(server, updates, state, params, extra_args):
+  in_flight, worker_state = _received(
+    server, updates, state, params, extra_args
+  )
+  arrives = filled = state.count >= server.workers - 1
+  worker, now = _cluster.next_arrival(state.cluster)
+  if server.arrivals.length is not None:  # After the last one nobody does.
+    arrives = filled & ~clock.is_never(now)
+  cluster = _cluster.restarted(
+    server.arrivals, state.cluster, worker, now, arrives
+  )
+  lost = _lost(state.cluster, worker)
+  applies, counts = _counted(server, state, cluster, now, arrives, lost)
+  arrived = _ring.read(in_flight, worker)
+  packet = _extras(
+    server, extra_args, arrived, state.version - state.read_at[worker], worker
+  )
+
+  def apply(carry):
+    arrived, inner_state = carry
+    return server.inner.update(arrived, inner_state, params, **packet)
+
+  new_updates, inner_state = _ring.applied_when(
+    applies,
+    apply,
+    (_ring.cast_like(arrived.updates, updates), state.inner_state),
+  )
+  now = clock.where(arrives, now, state.clock.time)
+  return new_updates, state._replace(
+    count=optax.safe_increment(state.count),
+    worker=jnp.where(filled, worker, state.worker + 1),
+    read_at=_ring.write(state.read_at, worker, counts['version']),
+    clock=state.clock._replace(time=now),
+    cluster=cluster,
+    in_flight=in_flight,
+    worker_state=worker_state,
+    inner_state=inner_state,
+    **counts,
+  )
+
+
+def _update_bounded(server, updates, state, params, extra_args):
+  """Arrivals, one after another, until somebody may read."""
+  in_flight, worker_state = _received(
+    server, updates, state, params, extra_args
+  )
+  reader = state.worker
+  state = state._replace(
+    count=optax.safe_increment(state.count),
+    read_at=_ring.write(state.read_at, reader, state.version),
+    cluster=_cluster.started(
+      server.arrivals, state.cluster, reader, state.clock.time
+    ),
+    reading=_ring.write(state.reading, reader, False),
+    # The loop carries none of these.
+    in_flight=None,
+    worker_state=None,
+  )
+
+  def arrival(carry):
+    total, state = carry
+    worker, now = _cluster.next_arrival(state.cluster)
+    lost = _lost(state.cluster, worker)
+    cluster = _cluster.stopped(state.cluster, worker)
+    arrives = jnp.ones([], bool)
+    applies, counts = _counted(server, state, cluster, now, arrives, lost)
+    arrived = _ring.read(in_flight, worker)
+    at = None if params is None else optax.apply_updates(params, total)
+    packet = _extras(
+      server, extra_args, arrived, state.version - state.read_at[worker], worker
     )
-    stale_params = None
-    if keep_params:
-      read = _protocol.worker_params(params, state.inner_state)
-      stale_params, extras['stale_params'] = through_rings(
-        state.stale_params, read, delays, count
-      )
 
     def apply(carry):
-      arrived, inner_state = carry
-      return inner.update(arrived, inner_state, params, **extras)
+      gradient, inner_state = carry
+      return server.inner.update(gradient, inner_state, at, **packet)
 
-    carry = (arrived, state.inner_state)
-    new_updates, inner_state = (
-      apply(carry)
-      if first == 0
-      else _ring.applied_when(count >= first, apply, carry)
+    step, inner_state = _ring.applied_when(
+      applies,
+      apply,
+      (_ring.cast_like(arrived.updates, updates), state.inner_state),
     )
-    new_updates = mute_filling(new_updates, delays, count)
-    return _ring.cast_like(new_updates, updates), DelayedState(
-      count=optax.safe_increment(count),
-      in_flight=in_flight,
-      stale_params=stale_params,
+    idle = clock.is_never(cluster.finish)
+    ahead = cluster.tasks - jnp.min(cluster.tasks)
+    return jax.tree.map(jnp.add, total, step), state._replace(
+      clock=state.clock._replace(time=now),
+      cluster=cluster,
+      reading=idle & (ahead <= server.max_ahead),
       inner_state=inner_state,
+      **counts,
     )
 
-  def mute_filling(updates, delays, count):
-    return jax.tree.map(
-      lambda u, d: u if d == 0 else jnp.where(count >= d, u, 0),
-      updates,
-      delays,
+  carry = (optax.tree.zeros_like(updates), state)
+  carry = jax.tree.map(jnp.asarray, carry)
+  total, state = lax.while_loop(
+    lambda carry: ~jnp.any(carry[1].reading),
+    lambda carry: _ring.cast_like(arrival(carry), carry),
+    carry,
+  )
+  return total, state._replace(
+    worker=jnp.argmax(state.reading).astype(jnp.int32),
+    in_flight=in_flight,
+    worker_state=worker_state,
+  )
+
+
+def _lost(cluster, worker):
+  return False if cluster.lost is None else cluster.lost[worker]
+
+
+def _counted(server, state, cluster, now, arrives, lost):
+  """Whether the arriving gradient is applied, and the counts after it."""
+  counts, applies = {}, arrives
+  if state.lost is not None:
+    counts['lost'] = state.lost + (arrives & lost).astype(jnp.int32)
+    applies &= ~lost
+  if server.overwrite_within is not None:
+    overwritten = applies & _cluster.arrives_within(
+      cluster, now, clock.of(server.overwrite_within)
     )
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class RoundSums(NamedTuple):
-  """What a round of `synchronous` has collected so far, for its mean."""
-
-  updates: optax.Updates  # At least float32.
-  value: jax.Array  # shape=(), float.
-  batch: Any  # A leading axis of workers; None without `batch_like`.
+    counts['overwritten'] = state.overwritten + overwritten.astype(jnp.int32)
+    applies &= ~overwritten
+  counts['version'] = state.version + applies.astype(jnp.int32)
+  return applies, counts
 
 
-class SynchronousState(NamedTuple):
-  """State of `synchronous`."""
-
-  count: jax.Array  # shape=(), dtype=int32: gradients so far in this round.
-  round_start: _protocol.ReadPoint | None  # 'sequential': what workers read.
-  sums: RoundSums | None  # 'mean': what was collected.
-  inner_state: optax.OptState
-
-
-def synchronous(
-  inner: optax.GradientTransformation,
-  workers: int,
-  *,
-  combine: str = 'sequential',
-  batch_like: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Rounds of N gradients at shared parameters.
-
-  All N workers compute at the parameters :math:`w_r` of the round's start; a
-  call of ``update`` brings one of their gradients
-  :math:`g_i = \nabla f(w_r; \text{batch}_i)`.
-
-  ``'sequential'`` (the paper's SSGD): each is applied at once,
-
-  .. math::
-
-    w \leftarrow w + \mathrm{inner}(g_i), \quad i = 0, \dots, N-1
-
-  with ``staleness`` i, ``worker`` i and ``stale_params`` :math:`w_r`. Take
-  gradients at ``worker_params(params, state)``: until the round ends it
-  returns what the workers read at its start, an absolute point.
-
-  ``'mean'`` (the usual synchronous SGD): calls collect and return zero updates
-  until the round ends; then ``inner`` is given the mean gradient, the mean
-  ``value``, ``staleness`` 0 and, with ``batch_like``, the N batches as one:
-  joined along their first axis, scalars stacked, of typed PRNG keys the first.
-
-  Args:
-    inner: Any optax transformation.
-    workers: How many workers, N, at least 1. One is plain ``inner``.
-    combine: ``'sequential'`` or ``'mean'``.
-    batch_like: A batch, or its ``jax.ShapeDtypeStruct`` s; ``'mean'`` forwards
-      batches only if it is given, and then ``batch`` is required.
-
-  Returns:
-    An ``optax.GradientTransformationExtraArgs`` whose state is a
-    ``SynchronousState``: one copy of the parameters (``'sequential'``), or of
-    the gradient in at least float32 (``'mean'``).
-
-  Raises:
-    ValueError: ``workers`` is not an int of at least 1, ``combine`` is
-      unknown, ``batch`` is missing or different, ``value`` is no scalar, or
-      ``'sequential'`` without parameters.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import gsgd_jax, optax
-    >>> tx = gsgd_jax.synchronous(optax.sgd(0.5), workers=2, combine='mean')
-    >>> params = jnp.array([1.0])
-    >>> state = tx.init(params)
-    >>> for gradient in (1.0, 3.0):
-    ...   updates, state = tx.update(jnp.array([gradient]), state, params)
-    ...   print(updates)
-    [0.]
-    [-1.]
-
-  References:
-    Sharma, `Guided parallelized stochastic gradient descent for delay
-    compensation`, arXiv:2101.07259, 2021.
-  """
-  workers = _protocol.positive_int('workers', workers)
-  _protocol.one_of('combine', combine, ('sequential', 'mean'))
-  inner = optax.with_extra_args_support(inner)
-  if combine == 'sequential' or workers == 1:
-    return _synchronous_sequential(inner, workers, batch_like)
-  return _synchronous_mean(inner, workers, batch_like)
+def _received(server, updates, state, params, extra_args):
+  """Rings with the caller's packet in the slot of the worker that read."""
+  value, batch, read = _packet_of_call(server, state, params, extra_args)
+  sent, worker_state = _sent(server, updates, state, read, extra_args)
+  if value is None:
+    value = _ring.read(state.in_flight.value, state.worker)
+  packet = InFlight(sent, value, batch, read if server.keep_params else None)
+  return _ring.write(state.in_flight, state.worker, packet), worker_state
 
 
-def _synchronous_sequential(inner, workers, batch_like):
-  alone = workers == 1
+def _sent(server, updates, state, read, extra_args):
+  """Applies the worker's own transformation."""
+  slots = state.worker_state.state
+  if not jax.tree.leaves(slots):
+    sent, _ = server.transform.update(updates, slots, read, **extra_args)
+    return sent, state.worker_state
+  slot = _ring.read(slots, state.worker)
 
-  def init_fn(params):
-    return SynchronousState(
-      count=jnp.zeros([], jnp.int32),
-      round_start=None
-      if alone
-      # A copy: the state and the parameters may both be donated.
-      else _protocol.ReadPoint(
-        jnp.zeros([], bool), jax.tree.map(jnp.copy, params)
-      ),
-      sums=None,
-      inner_state=inner.init(params),
-    )
+  def apply(carry):
+    sent, slot = carry
+    return server.transform.update(sent, slot, read, **extra_args)
 
-  def update_fn(updates, state, params=None, **extra_args):
-    if not alone:
-      _protocol.required_params('synchronous', params)
-    _protocol.scalar_value('synchronous', extra_args)
-    if batch_like is not None:
-      _protocol.checked_batch('synchronous', extra_args, batch_like)
-    extras = dict(extra_args, staleness=state.count, worker=state.count)
-    if params is not None:
-      extras['stale_params'] = _protocol.worker_params(params, state)
-    new_updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extras
-    )
-    count = (state.count + 1) % workers
-    round_start = state.round_start
-    if not alone:
-      round_start = _protocol.ReadPoint(count > 0, extras['stale_params'])
-    return new_updates, SynchronousState(count, round_start, None, inner_state)
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _synchronous_mean(inner, workers, batch_like):
-  def init_fn(params):
-    return SynchronousState(
-      count=jnp.zeros([], jnp.int32),
-      round_start=None,
-      sums=RoundSums(
-        updates=jax.tree.map(
-          lambda p: jnp.zeros_like(
-            p, jnp.float32 if p.dtype.itemsize < 4 else p.dtype
-          ),
-          params,
-        ),
-        value=jnp.zeros([], _protocol.score_dtype()),
-        batch=_ring.empty(_protocol.abstract(batch_like), workers),
-      ),
-      inner_state=inner.init(params),
-    )
-
-  def update_fn(updates, state, params=None, **extra_args):
-    value = _protocol.scalar_value('synchronous', extra_args)
-    batch = None
-    if batch_like is not None:
-      batch = _protocol.checked_batch('synchronous', extra_args, batch_like)
-    first, last = state.count == 0, state.count == workers - 1
-    sums = RoundSums(
-      updates=jax.tree.map(
-        lambda s, g: jnp.where(first, 0, s) + jnp.asarray(g, s.dtype),
-        state.sums.updates,
-        updates,
-      ),
-      value=jnp.where(first, 0, state.sums.value)
-      + (0 if value is None else value),
-      batch=_ring.write(state.sums.batch, state.count, batch),
-    )
-    mean = _ring.cast_like(optax.tree.scale(1 / workers, sums.updates), updates)
-    extras = _protocol.other_extras(extra_args, mean)
-    extras['staleness'] = jnp.zeros([], jnp.int32)
-    if params is not None:
-      extras['stale_params'] = _protocol.worker_params(
-        params, state.inner_state
-      )
-    if value is not None:
-      extras['value'] = sums.value / workers
-    if batch is not None:
-      extras['batch'] = jax.tree.map(_join, sums.batch)
-
-    def apply(carry):
-      mean, inner_state = carry
-      return inner.update(mean, inner_state, params, **extras)
-
-    new_updates, inner_state = _ring.applied_when(
-      last, apply, (mean, state.inner_state)
-    )
-    return new_updates, SynchronousState(
-      count=(state.count + 1) % workers,
-      round_start=None,
-      sums=sums,
-      inner_state=inner_state,
-    )
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _join(stacked):
-  """N arrays of shape (B, ...), stacked, as one of shape (N * B, ...)."""
-  if jnp.issubdtype(stacked.dtype, jax.dtypes.prng_key):
-    return stacked[0]
-  if stacked.ndim == 1:
-    return stacked
-  return stacked.reshape((-1, *stacked.shape[2:]))
+  # Always one trip, but the compiler cannot know: so the slot alone is
+  # copied, never the ring.
+  sent, slot = _ring.when(state.count >= 0, apply, (updates, slot))
+  return sent, _protocol.Unread(_ring.write(slots, state.worker, slot))

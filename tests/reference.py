@@ -10,9 +10,10 @@ Parameters are one flat float64 vector.
 """
 
 import dataclasses
+import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -197,6 +198,7 @@ class Guided:
     select='consistent',
     average_scores=False,
     replay_with=None,
+    replay_model='serial',
     verification=None,
     draw=None,
   ):
@@ -208,6 +210,9 @@ class Guided:
     self.select = select
     self.average_scores = average_scores
     self.replay_with = replay_with
+    self.replay_model = replay_model
+    self.replay_units = 0  # What serial and parallel replays took.
+    self.shared_replays = 0
     self.verification = verification
     self.draw = draw
     self.entries: list[Entry] = []
@@ -293,8 +298,20 @@ class Guided:
     )
     chosen = ranked[:chosen_count]
     self._note_margins(ranked, numbers)
-    for entry in chosen:
-      params = self._replay_one(params, entry)
+    server = self.inner if self.replay_with is None else self.replay_with
+    shared = None
+    if self.replay_model == 'parallel':
+      # All at once, at the parameters at the window's end.
+      shared = params if self.replay_with is not None else server.read(params)
+    for i, entry in enumerate(chosen):
+      params = self._replay_one(params, entry, i, shared)
+    if self.gradient is not None:
+      if self.replay_model == 'serial':
+        self.replay_units += len(chosen)
+      elif self.replay_model == 'parallel':
+        self.replay_units += 1 if chosen else 0
+      else:
+        self.shared_replays += len(chosen)
     self.replayed.append([e.position for e in chosen])
     return params
 
@@ -305,7 +322,7 @@ class Guided:
     ]
     self.margins += [abs(e.score) for e in self.entries if e.score != 0]
 
-  def _replay_one(self, params, entry):
+  def _replay_one(self, params, entry, number, shared):
     server = self.inner if self.replay_with is None else self.replay_with
     if self.gradient is None:
       age = self.window - entry.position
@@ -316,24 +333,84 @@ class Guided:
       )
     else:
       point = params if self.replay_with is not None else server.read(params)
+      point = point if shared is None else shared
       self.gradient_evaluations += 1
       packet = dataclasses.replace(
         entry.packet,
         gradient=self.gradient(point, entry.packet.batch),
         value=self.loss(point, entry.packet.batch),
-        staleness=0,
+        staleness=0 if shared is None else number,
         stale_params=point,
       )
     return server.apply(params, packet)
 
 
-# Staleness.
+# Staleness. Times are whole numbers of ticks, 2^30 of them a unit.
+
+UNIT = 2**30
 
 
-def round_robin(workers: int) -> Iterator[int]:
-  """Worker 0, 1, ..., workers - 1, and again."""
-  while True:
-    yield from range(workers)
+def ticks(units: float) -> int:
+  return round(units * UNIT)
+
+
+class RoundRobin:
+  """How long tasks take: workers arrive in turn, 1 / workers apart."""
+
+  def __init__(self, workers):
+    self.workers = workers
+
+  def duration(self, worker, task, now):
+    if task == 0:  # A head start.
+      return ticks((worker + 1) / self.workers)
+    return UNIT
+
+  def lost(self, worker, task, now):
+    return False
+
+
+class Table(RoundRobin):
+  """Tasks take what a table says, `durations[worker][task]`."""
+
+  def __init__(self, durations):
+    self.durations = durations
+
+  def duration(self, worker, task, now):
+    return int(self.durations[worker][task])
+
+
+class Failing:
+  """A worker fails at a time, and comes back at another, or never (None)."""
+
+  def __init__(self, inner, worker, at, back):
+    self.inner = inner
+    self.worker, self.at, self.back = worker, at, back
+
+  def _fails(self, worker, task, now):
+    if worker != self.worker or (self.back is not None and now >= self.back):
+      return False
+    return now + self.inner.duration(worker, task, now) > self.at
+
+  def duration(self, worker, task, now):
+    if not self._fails(worker, task, now):
+      return self.inner.duration(worker, task, now)
+    return math.inf if self.back is None else self.back - now
+
+  def lost(self, worker, task, now):
+    return self._fails(worker, task, now) or self.inner.lost(worker, task, now)
+
+
+class Recorded(RoundRobin):
+  """Workers arrive when they were recorded."""
+
+  def __init__(self, workers, times):
+    self.times = {}
+    for worker, time in zip(workers, times, strict=True):
+      self.times.setdefault(worker, []).append(time)
+
+  def duration(self, worker, task, now):
+    times = self.times.get(worker, [])
+    return times[task] - now if task < len(times) else math.inf
 
 
 @dataclasses.dataclass
@@ -343,8 +420,20 @@ class Worker:
   batch: object
   params: np.ndarray  # What it read.
   version: int  # How many updates the server had applied when it read.
-  momentum: float | None = None
   velocity: np.ndarray | float = 0.0
+  tasks: int = 0  # How many it has finished.
+  lost: bool = False  # Whether nothing comes of the one it is at.
+
+
+@dataclasses.dataclass
+class Run:
+  """What `asynchronous` did."""
+
+  trajectory: list  # The parameters before every batch is taken but the first N
+  clock: list  # and when that was.
+  packets: list  # What was applied.
+  arrivals: list  # (time, worker, 'applied', 'lost' or 'overwritten').
+  crew: list  # The workers at the end.
 
 
 def asynchronous(
@@ -354,52 +443,90 @@ def asynchronous(
   gradient: Callable,
   workers: int,
   batches: Sequence[object],
-  arrivals: Iterator[int] | None = None,
+  cluster=None,
   worker_momentum: float | None = None,
-):
-  """A parameter server and its workers.
+  overwrite_within: int | None = None,
+  max_ahead: int | None = None,
+) -> Run:
+  """A parameter server and its workers: a heap of finish times.
 
   Batch `i` goes to worker `i` for the first `workers` batches; afterwards
-  every batch goes to the worker that arrived last.
-
-  Returns:
-    The parameters after every update, and the packets that were applied.
+  every batch goes to the worker that reads next. It ends when a worker wants a
+  batch and there is none.
   """
-  arrivals = round_robin(workers) if arrivals is None else arrivals
+  cluster = RoundRobin(workers) if cluster is None else cluster
+  run = Run([], [], [], [], [None] * workers)
   batches = list(batches)
-  # All workers read the first parameters and compute.
-  crew = [
-    Worker(batches[i], server.read(params), 0, worker_momentum)
-    for i in range(workers)
-  ]
-  trajectory, packets = [], []
-  for version in range(len(batches) - workers + 1):
-    index = next(arrivals)
-    worker = crew[index]
-    packet = Packet(
-      gradient=_worker_gradient(worker, gradient),
-      value=loss(worker.params, worker.batch),
-      batch=worker.batch,
-      staleness=version - worker.version,
-      worker=index,
-      stale_params=worker.params,
-    )
-    params = server.apply(params, packet)
-    trajectory.append(params)
-    packets.append(packet)
-    if version + workers < len(batches):
-      worker.batch = batches[version + workers]
-      worker.params = server.read(params)
-      worker.version = version + 1
-  return trajectory, packets
+  heap, waiting = [], list(range(workers))
+  now = version = taken = 0
+  while True:
+    # Whoever may read reads, in the order of their numbers.
+    slowest = min((w.tasks for w in run.crew if w is not None), default=0)
+    reading = [
+      i
+      for i in waiting
+      if run.crew[i] is None
+      or max_ahead is None
+      or run.crew[i].tasks - slowest <= max_ahead
+    ]
+    for index in reading:
+      if taken >= workers:
+        run.trajectory.append(params)
+        run.clock.append(now)
+      if taken == len(batches):
+        return run
+      old = run.crew[index] or Worker(None, None, 0)
+      worker = Worker(
+        batches[taken],
+        server.read(params),
+        version,
+        old.velocity,
+        old.tasks,
+        cluster.lost(index, old.tasks, now),
+      )
+      finish = now + cluster.duration(index, old.tasks, now)
+      heapq.heappush(heap, (finish, index))
+      run.crew[index] = worker
+      waiting.remove(index)
+      taken += 1
+    if min(heap)[0] == math.inf:
+      return run
+    # The next one arrives.
+    now, index = heapq.heappop(heap)
+    worker = run.crew[index]
+    worker.tasks += 1
+    waiting.append(index)
+    waiting.sort()
+    packet = _packet(worker, index, version, loss, gradient, worker_momentum)
+    fate = 'lost' if worker.lost else 'applied'
+    if fate == 'applied' and overwrite_within is not None:
+      following = [t for t, i in heap if not run.crew[i].lost]
+      if max_ahead is None:  # It begins its next task at once.
+        task = (index, worker.tasks, now)
+        if not cluster.lost(*task):
+          following.append(now + cluster.duration(*task))
+      if following and min(following) - now <= overwrite_within:
+        fate = 'overwritten'
+    run.arrivals.append((now, index, fate))
+    if fate == 'applied':
+      params = server.apply(params, packet)
+      run.packets.append(packet)
+      version += 1
 
 
-def _worker_gradient(worker, gradient):
+def _packet(worker, index, version, loss, gradient, momentum):
+  """What a worker brings; with a momentum of its own if it has one."""
   g = gradient(worker.params, worker.batch)
-  if worker.momentum is None:
-    return g
-  worker.velocity = worker.momentum * worker.velocity + g
-  return worker.velocity
+  if momentum is not None:
+    g = worker.velocity = momentum * worker.velocity + g
+  return Packet(
+    gradient=g,
+    value=loss(worker.params, worker.batch),
+    batch=worker.batch,
+    staleness=version - worker.version,
+    worker=index,
+    stale_params=worker.params,
+  )
 
 
 def delayed_leaves(params, server, gradient, delays, batches):
@@ -449,25 +576,48 @@ def delayed_leaves(params, server, gradient, delays, batches):
 
 
 def synchronous(
-  params, server, loss, gradient, workers, batches, combine='sequential'
+  params,
+  server,
+  loss,
+  gradient,
+  workers,
+  batches,
+  combine='sequential',
+  wait_for=None,
+  durations=None,
+  sync_cost=0,
 ):
   """Rounds at shared parameters.
 
+  Args:
+    durations: what each worker's task takes in each round,
+      `durations[worker][round]`; None for one unit.
+
   Returns:
-    The parameters after every call (one gradient each), and the packets that
-    were applied.
+    The parameters after every call (one gradient each), the packets that were
+    applied, and the clock after every round.
   """
-  trajectory, packets = [], []
-  for start in range(0, len(batches) - workers + 1, workers):
+  wait_for = workers if wait_for is None else wait_for
+  trajectory, packets, clock, now = [], [], [], 0
+  for start in range(0, len(batches) - wait_for + 1, wait_for):
+    number = start // wait_for
+    times = [
+      UNIT if durations is None else int(durations[i][number])
+      for i in range(workers)
+    ]
+    # Python's sort is stable: of equal ones the lower number comes first.
+    fastest = sorted(range(workers), key=lambda i: times[i])[:wait_for]
+    now += times[fastest[-1]] + (sync_cost if workers > 1 else 0)
+    clock.append(now)
     read = server.read(params)
-    crew = batches[start : start + workers]
+    crew = batches[start : start + wait_for]
     gradients = [gradient(read, batch) for batch in crew]
     values = [loss(read, batch) for batch in crew]
-    if combine == 'mean':
-      trajectory += [params] * (workers - 1)
+    if combine == 'mean' and workers > 1:
+      trajectory += [params] * (wait_for - 1)
       packet = Packet(
-        gradient=sum(gradients) / workers,
-        value=sum(values) / workers,
+        gradient=sum(gradients) / wait_for,
+        value=sum(values) / wait_for,
         batch=tuple(
           np.concatenate([batch[i] for batch in crew])
           for i in range(len(crew[0]))
@@ -478,16 +628,16 @@ def synchronous(
       trajectory.append(params)
       packets.append(packet)
       continue
-    for index in range(workers):
+    for index, worker in enumerate(fastest):
       packet = Packet(
         gradient=gradients[index],
         value=values[index],
         batch=crew[index],
         staleness=index,
-        worker=index,
+        worker=worker,
         stale_params=read,
       )
       params = server.apply(params, packet)
       trajectory.append(params)
       packets.append(packet)
-  return trajectory, packets
+  return trajectory, packets, clock

@@ -49,6 +49,7 @@ def settings(draw):
     replays=draw(st.none() | st.integers(1, window)),
     select=draw(st.sampled_from(SELECT)),
     replay_with=draw(st.sampled_from([None, None, 'sgd', 'look ahead'])),
+    replay_model=draw(st.sampled_from(['serial', 'parallel', 'shared'])),
   )
 
 
@@ -97,6 +98,9 @@ def assert_same_guidance(oracle, state, calls):
     assert seen[seen >= 0].tolist() == replayed
     assert np.all(seen[len(replayed) :] == -1)
   assert state.gradient_evaluations[-1] == oracle.gradient_evaluations
+  replays = state.replays
+  assert replays.serial[-1] + replays.parallel[-1] == oracle.replay_units
+  assert replays.shared[-1] == oracle.shared_replays
   np.testing.assert_allclose(
     state.average_error[-1], oracle.previous, rtol=1e-8
   )
@@ -130,9 +134,10 @@ def test_guided(dial, problem, inner, setting, seed, mode):
   for s, (flat, state) in enumerate(outs):
     start, batches, verification = problem.of_seed(s)
     oracle = oracle_of(verification)
-    expected, _ = reference.asynchronous(
+    run = reference.asynchronous(
       start, oracle, problem.loss, problem.gradient, 1, batches
     )
+    expected = run.trajectory
     set_aside_ties(oracle)
     assert any(oracle.replayed)
     helpers.assert_trajectory(flat, expected)
@@ -202,12 +207,13 @@ def test_guided_under_staleness(
     oracle = oracle_of(verification)
     arguments = (start, oracle, problem.loss, problem.gradient, workers)
     if parallel in ('sequential', 'mean'):
-      expected, packets = reference.synchronous(
+      expected, packets, _ = reference.synchronous(
         *arguments, batches, combine=parallel
       )
       calls = slice(0, len(expected))  # The oracle plays whole rounds only.
     else:
-      expected, packets = reference.asynchronous(*arguments, batches)
+      run = reference.asynchronous(*arguments, batches)
+      expected, packets = run.trajectory, run.packets
       calls = slice(workers - 1, None)
     set_aside_ties(oracle)
     helpers.assert_trajectory(flat[calls], expected)
@@ -217,11 +223,18 @@ def test_guided_under_staleness(
     assert_same_guidance(oracle, state, len(packets))
 
 
+@pytest.mark.parametrize('replay_model', ['serial', 'parallel'])
 @pytest.mark.parametrize('inner', sorted(helpers.INNERS))
-def test_replays_through_every_inner(inner):
+def test_replays_through_every_inner(inner, replay_model):
   """Among them one that reads `stale_params`, predictor's offset included."""
   problem = helpers.make_problem('logistic', 4, 3, 40, seed=5)
-  setting = dict(window=5, replays=3, select='consistent', replay_with=None)
+  setting = dict(
+    window=5,
+    replays=3,
+    select='consistent',
+    replay_with=None,
+    replay_model=replay_model,
+  )
   oracle_of, guided, _ = build(problem, inner, 'exact', setting, seed=0)
   make, update_of = PARALLEL['asynchronous']
   ((flat, state),) = helpers.run(
@@ -232,9 +245,9 @@ def test_replays_through_every_inner(inner):
   )
   start, batches, verification = problem.of_seed(0)
   oracle = oracle_of(verification)
-  expected, _ = reference.asynchronous(
+  expected = reference.asynchronous(
     start, oracle, problem.loss, problem.gradient, 3, batches
-  )
+  ).trajectory
   assert any(oracle.replayed)
   helpers.assert_trajectory(flat[2:], expected)
   assert_same_guidance(oracle, state.inner_state, len(expected))

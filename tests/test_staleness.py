@@ -15,22 +15,6 @@ import gsgd_jax
 from tests import helpers, reference
 
 
-def arrivals_from(order):
-  """Any order of arrivals, given as a list."""
-
-  def next_worker(state):
-    position, order = state
-    return order[position], (position + 1, order)
-
-  return gsgd_jax.ArrivalProcess(
-    init=lambda workers, key: (
-      jnp.zeros([], jnp.int32),
-      jnp.asarray(order, jnp.int32),
-    ),
-    next=next_worker,
-  )
-
-
 @given(
   problem=helpers.problems,
   inner=helpers.inner_names,
@@ -47,7 +31,7 @@ def test_asynchronous(
   if order_seed is not None:
     rng = np.random.default_rng(order_seed)
     oracle_order = rng.integers(workers, size=calls + 1).tolist()
-    arrivals = arrivals_from(oracle_order)
+    arrivals = gsgd_jax.recorded_arrivals(oracle_order)
   tx = gsgd_jax.asynchronous(
     helpers.INNERS[inner].library,
     workers,
@@ -62,21 +46,21 @@ def test_asynchronous(
     if len(batches) < workers:
       np.testing.assert_array_equal(flat, np.tile(start, (calls, 1)))
       continue
-    expected, packets = reference.asynchronous(
+    run = reference.asynchronous(
       start,
       helpers.INNERS[inner].oracle(),
       problem.loss,
       problem.gradient,
       workers,
       batches,
-      oracle_order and iter(oracle_order),
+      oracle_order and reference.Recorded(oracle_order, range(1, calls + 2)),
       local_momentum,
     )
     np.testing.assert_array_equal(
       flat[: workers - 1], np.tile(start, (workers - 1, 1))
     )
-    helpers.assert_trajectory(flat[workers - 1 :], expected)
-    assert state.version[-1] == len(packets)
+    helpers.assert_trajectory(flat[workers - 1 :], run.trajectory)
+    assert state.version[-1] == len(run.packets)
 
 
 class Spy(optax.GradientTransformationExtraArgs):
@@ -111,14 +95,14 @@ def test_packets_and_the_staleness_sum(make):
     tx = gsgd_jax.delayed(Spy(0.1, names, like), workers - 1)
   ((_, state),) = helpers.run(tx, problem, 'scan')
   start, batches, _ = problem.of_seed(0)
-  _, packets = reference.asynchronous(
+  packets = reference.asynchronous(
     start,
     reference.Sgd(0.1),
     problem.loss,
     problem.gradient,
     workers,
     batches,
-  )
+  ).packets
   seen = {k: v[workers - 1 :] for k, v in state.inner_state.items()}
   for name in names:
     np.testing.assert_allclose(
@@ -138,7 +122,7 @@ def test_staleness_sum_under_any_order():
   tx = gsgd_jax.asynchronous(
     Spy(0.1, ['staleness'], dict(staleness=jnp.int32(0))),
     workers,
-    arrivals=arrivals_from(order),
+    arrivals=gsgd_jax.recorded_arrivals(order),
   )
   ((_, state),) = helpers.run(tx, problem, 'scan')
   staleness = state.inner_state['staleness'][workers - 1 :]
@@ -254,7 +238,7 @@ def test_synchronous(problem, inner, workers, combine, mode):
   )
   for seed, (flat, _) in enumerate(helpers.run(tx, problem, mode)):
     start, batches, _ = problem.of_seed(seed)
-    expected, _ = reference.synchronous(
+    expected, _, _ = reference.synchronous(
       start,
       inner.oracle(),
       problem.loss,

@@ -1,0 +1,158 @@
+"""A cluster at work: whose gradient is under way until when.
+
+What the asynchronous emulations share. Finish times are kept exactly
+(`clock`), the next to arrive is an argmin over them, and only single entries
+are written, so that a step costs the same for any number of workers but for
+that argmin.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gsgd_jax import _protocol, _ring, clock
+from gsgd_jax.arrivals import ArrivalProcess
+from gsgd_jax.clock import Time
+
+
+class Cluster(NamedTuple):
+  """Workers and their tasks."""
+
+  machines: Any  # What the arrival process knows.
+  finish: Time  # shape=(workers,): when each one arrives; idle ones never do.
+  tasks: jax.Array  # shape=(workers,), int32: how many each one has finished.
+  lost: jax.Array | None  # shape=(workers,), bool: nothing comes of its task.
+
+
+def clock_of(
+  workers: int, sync_cost: Any, unit: float = 1.0
+) -> _protocol.Clock:
+  """A clock at its beginning; one worker has nobody to synchronise with."""
+  return _protocol.Clock(
+    time=clock.zero(),
+    workers=jnp.asarray(workers, jnp.int32),
+    unit=clock.fixed(unit),
+    sync_cost=clock.of(sync_cost) if workers > 1 else clock.zero(),
+  )
+
+
+def begin(
+  process: ArrivalProcess, workers: int, seed: Any, idle: bool = False
+) -> Cluster:
+  """Everybody begins the first task, or is idle."""
+  if len(process.stopping) >= workers:
+    raise ValueError(
+      f'all {workers} workers stop for good: nothing would arrive any more'
+    )
+  cluster = Cluster(
+    process.init(workers, jax.random.PRNGKey(seed)),
+    clock.never((workers,)),
+    jnp.zeros([workers], jnp.int32),
+    None if process.lost is None else jnp.zeros([workers], bool),
+  )
+  if idle:
+    return cluster
+  finish, lost = jax.vmap(
+    lambda worker: _task(process, cluster, worker, clock.zero())
+  )(jnp.arange(workers, dtype=jnp.int32))
+  return cluster._replace(finish=finish, lost=lost)
+
+
+def _task(process, cluster, worker, now):
+  """When a worker's next task ends, and whether it is lost."""
+  task = _ring.read(cluster.tasks, worker)
+  about = (cluster.machines, worker, task, now)
+  finish = clock.add(now, clock.of(process.duration(*about)))
+  return finish, None if process.lost is None else process.lost(*about)
+
+
+def next_arrival(cluster: Cluster) -> tuple[jax.Array, Time]:
+  """Who arrives next, and when: the earliest, of equal ones the first."""
+  worker = clock.first(cluster.finish)
+  return worker, clock.at(cluster.finish, worker)
+
+
+def arrives_within(cluster: Cluster, now: Time, span: Time) -> jax.Array:
+  """Whether a gradient, and not a lost one, arrives so soon after now."""
+  finish = cluster.finish
+  if cluster.lost is not None:
+    finish = clock.where(cluster.lost, clock.never(), finish)
+  following = clock.at(finish, clock.first(finish))
+  soon = clock.at_most(following, clock.add(now, span))
+  return soon & ~clock.is_never(following)
+
+
+def started(
+  process: ArrivalProcess,
+  cluster: Cluster,
+  worker: jax.Array,
+  now: Time,
+  active: jax.Array | bool = True,
+) -> Cluster:
+  """The worker begins its next task, if active."""
+  finish, lost = _task(process, cluster, worker, now)
+  if active is not True:
+    finish = clock.where(active, finish, clock.at(cluster.finish, worker))
+  if lost is not None and active is not True:
+    lost = jnp.where(active, lost, _ring.read(cluster.lost, worker))
+  return cluster._replace(
+    finish=_ring.write(cluster.finish, worker, finish),
+    lost=_ring.write(cluster.lost, worker, lost),
+  )
+
+
+def restarted(
+  process: ArrivalProcess,
+  cluster: Cluster,
+  worker: jax.Array,
+  now: Time,
+  active: jax.Array,
+) -> Cluster:
+  """The worker has finished a task and begins the next one, if active."""
+  cluster = _one_more(cluster, worker, jnp.where(active, 1, 0))
+  return started(process, cluster, worker, now, active)
+
+
+def _one_more(cluster, worker, more):
+  tasks = _ring.read(cluster.tasks, worker) + more
+  return cluster._replace(tasks=_ring.write(cluster.tasks, worker, tasks))
+
+
+def stopped(cluster: Cluster, worker: jax.Array) -> Cluster:
+  """The worker has finished a task and is idle."""
+  cluster = _one_more(cluster, worker, 1)
+  idle = _ring.write(cluster.finish, worker, clock.never())
+  return cluster._replace(finish=idle)
+
+
+def round_times(
+  process: ArrivalProcess,
+  machines: Any,
+  workers: int,
+  number: jax.Array,
+  now: Time,
+  share: float = 1.0,
+) -> Time:
+  """How long each worker takes for a share of a task, in a round from now on.
+
+  What is lost is taken again.
+  """
+
+  def one(worker):
+    about = (machines, worker, number + 1)
+
+    def taken(now):
+      return clock.of(process.duration(*about, now))
+
+    def of_share(time):
+      return time if share == 1 else clock.scale(time, share)
+
+    time = taken(now)
+    if process.lost is None:
+      return of_share(time)
+    lost = process.lost(*about, now)
+    again = clock.add(time, of_share(taken(clock.add(now, time))))
+    return clock.where(lost, again, of_share(time))
+
+  return jax.vmap(one)(jnp.arange(workers, dtype=jnp.int32))

@@ -1,0 +1,115 @@
+"""A delay of its own for every leaf of the parameters: a pipeline's stages.
+
+What `delayed` does with a tree of delays.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gsgd_jax import _protocol, _ring
+
+
+class DelayedState(NamedTuple):
+  """State of `delayed` with a tree of ints."""
+
+  count: jax.Array  # shape=(), dtype=int32: calls so far.
+  in_flight: optax.Updates  # A ring of delay + 1 slots a leaf; none for 0.
+  stale_params: optax.Params | None  # Likewise, with `keep_params`.
+  inner_state: optax.OptState
+
+
+def delayed_leaves(
+  inner: optax.GradientTransformation, delay: Any, keep_params: bool
+) -> optax.GradientTransformationExtraArgs:
+  """`delayed` with a tree of ints."""
+  inner = optax.with_extra_args_support(inner)
+  first = min(jax.tree.leaves(delay))
+
+  def delays_of(params):
+    try:
+      return jax.tree.broadcast(delay, params)
+    except ValueError as e:
+      raise ValueError(
+        f'delay must have the structure of the parameters or a prefix of it, '
+        f'got {jax.tree.structure(delay)} for {jax.tree.structure(params)}'
+      ) from e
+
+  def rings_of(params):
+    if not jax.tree.leaves(params):  # Also what optax.tree.map_params puts in.
+      return params
+    return jax.tree.map(
+      lambda p, d: _ring.stack(p, d + 1 if d else 0),
+      params,
+      delays_of(params),
+    )
+
+  def through_ring(ring, x, d, count):
+    """Writes `x`, reads what was written `d` calls ago."""
+    if d == 0:
+      return ring, x
+    ring = _ring.write(ring, count % (d + 1), x)
+    return ring, _ring.read(ring, (count + 1) % (d + 1)).astype(x.dtype)
+
+  def through_rings(rings, tree, delays, count):
+    pairs = jax.tree.map(
+      lambda r, x, d: through_ring(r, x, d, count), rings, tree, delays
+    )
+    return jax.tree.transpose(
+      jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs
+    )
+
+  def init_fn(params):
+    return DelayedState(
+      count=jnp.zeros([], jnp.int32),
+      # Slots that were never written hold zeros: no gradient yet.
+      in_flight=rings_of(optax.tree.zeros_like(params)),
+      stale_params=rings_of(params) if keep_params else None,
+      inner_state=inner.init(params),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if keep_params:
+      _protocol.required_params('delayed', params)
+    count, delays = state.count, delays_of(updates)
+    in_flight, arrived = through_rings(state.in_flight, updates, delays, count)
+    extras = _protocol.other_extras(extra_args, arrived)
+    version = jnp.maximum(count - first, 0)
+    extras['staleness'] = jax.tree.map(
+      lambda d: version - jnp.maximum(count - d - first, 0), delays
+    )
+    stale_params = None
+    if keep_params:
+      read = _protocol.worker_params(params, state.inner_state)
+      stale_params, extras['stale_params'] = through_rings(
+        state.stale_params, read, delays, count
+      )
+
+    def apply(carry):
+      arrived, inner_state = carry
+      return inner.update(arrived, inner_state, params, **extras)
+
+    carry = (arrived, state.inner_state)
+    new_updates, inner_state = (
+      apply(carry)
+      if first == 0
+      else _ring.applied_when(count >= first, apply, carry)
+    )
+    new_updates = mute_filling(new_updates, delays, count)
+    return _ring.cast_like(new_updates, updates), DelayedState(
+      count=optax.safe_increment(count),
+      in_flight=in_flight,
+      stale_params=stale_params,
+      inner_state=inner_state,
+    )
+
+  def mute_filling(updates, delays, count):
+    return jax.tree.map(
+      lambda u, d: u if d == 0 else jnp.where(count >= d, u, 0),
+      updates,
+      delays,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
