@@ -13,6 +13,12 @@ from gsgd_jax.arrivals import (
   uniform_arrivals,
 )
 from gsgd_jax.clock import Time, simulated_time
+from gsgd_jax.diagnostics import (
+  StalenessSummary,
+  record_staleness,
+  staleness_summary,
+  worker_shares,
+)
 from gsgd_jax.guided import guided
 from gsgd_jax.memory import state_memory
 from gsgd_jax.rounds import data_parallel, synchronous
@@ -21,6 +27,7 @@ from gsgd_jax.traces import Trace, read_trace, recorded_arrivals
 
 __all__ = [
   'ArrivalProcess',
+  'StalenessSummary',
   'Time',
   'Trace',
   'asynchronous',
@@ -32,12 +39,15 @@ __all__ = [
   'gamma_arrivals',
   'guided',
   'read_trace',
+  'record_staleness',
   'recorded_arrivals',
   'round_robin',
   'simulated_time',
+  'staleness_summary',
   'state_memory',
   'straggler',
   'synchronous',
   'uniform_arrivals',
   'worker_params',
+  'worker_shares',
 ]

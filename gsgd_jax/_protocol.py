@@ -49,6 +49,12 @@ class Clock(NamedTuple):
   sync_cost: Any  # A `clock.Time`.
 
 
+class Applied(NamedTuple):
+  """Whose gradients were applied."""
+
+  by_worker: jax.Array  # shape=(workers,), dtype=int32: how many of each.
+
+
 class Replays(NamedTuple):
   """Replays that cost time on the clock, so far; shape=(), dtype=int32."""
 

@@ -6,6 +6,7 @@ computing, and what has been measured is in the files by then.
 """
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -159,9 +160,13 @@ def _finish(config, workdir, results, ended_by):
   )
   written = ['result.json']
   if any(len(h.step) for h in histories.values()):
-    draw = lambda aside: report.draw(aside, config, histories)
-    files.write_whole(workdir / 'curves.png', draw)
-    written.append('curves.png')
+    drawings = {'curves.png': report.draw}
+    if any(map(report.has_workers, histories.values())):
+      drawings['staleness.png'] = report.draw_staleness
+    for name, draw in drawings.items():
+      draw = functools.partial(draw, config=config, histories=histories)
+      files.write_whole(workdir / name, draw)
+      written.append(name)
   if status == 'interrupted':
     name = signal.Signals(ended_by.number).name
     say(f'train.py: interrupted ({name})', sys.stderr)

@@ -4,9 +4,9 @@ A cluster is described by how long its workers' tasks take: an
 `ArrivalProcess` is a pair of pure functions, `init` for what is known of the
 machines, `duration` for the time of a worker's k-th task. Given the machines
 that time depends on the worker, k and the clock alone, so nothing has to be
-remembered: a run resumes exactly, and is the same under `jit`, `scan` and
-`vmap`. Whoever emulates the cluster (`_cluster`) keeps finish times and takes
-the earliest.
+remembered; and it is computed in integers (`_sampling`), so a run is the same
+to the last bit under `jit`, `scan` and `vmap`, and resumes exactly. Whoever
+emulates the cluster (`_cluster`) keeps finish times and takes the earliest.
 
 Processes: `round_robin`, `fixed_speeds`, `gamma_arrivals`, `uniform_arrivals`,
 `exponential_arrivals`; `traces` has those that were recorded. `straggler` and
@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gsgd_jax import _protocol, clock
+from gsgd_jax import _protocol, _sampling, clock
 from gsgd_jax.clock import Time
 
 
@@ -87,7 +86,7 @@ def round_robin() -> ArrivalProcess:
 
   def init(workers, key):
     del key
-    return clock.arrays(clock.of_float64(np.arange(1, workers + 1) / workers))
+    return clock.fractions(workers)
 
   def duration(first, worker, task, now):
     del now
@@ -145,7 +144,9 @@ def fixed_speeds(speeds: Sequence[float]) -> ArrivalProcess:
 class Machines(NamedTuple):
   """What is known of machines with random task times."""
 
-  mean: jax.Array | None  # shape=(workers,), float32: units a task, on average.
+  # shape=(workers,), uint32: mean time of a task, in fractions of a unit; None
+  # where it is one unit for all.
+  mean: jax.Array | None
   key: jax.Array  # shape=(2,), uint32.
 
 
@@ -164,14 +165,14 @@ def gamma_arrivals(cv: float = 0.1, machine_cv: float = 0.0) -> ArrivalProcess:
   deliver 1.56 N gradients a unit between them, on average).
 
   Args:
-    cv: c, at least 0.
-    machine_cv: v, at least 0; at 0 all machines are equal.
+    cv: c, from 0 to 2.
+    machine_cv: v, from 0 to 2; at 0 all machines are equal.
 
   Returns:
     An :class:`ArrivalProcess`.
 
   Raises:
-    ValueError: A variation is not finite or negative.
+    ValueError: A variation is out of its range.
 
   Examples:
     >>> import gsgd_jax, optax
@@ -185,8 +186,7 @@ def gamma_arrivals(cv: float = 0.1, machine_cv: float = 0.0) -> ArrivalProcess:
     Hakimi et al., `Taming Momentum in a Distributed Asynchronous Environment`,
     arXiv:1907.11612, 2019.
   """
-  cv = _protocol.real('cv', cv)
-  return _random(lambda key: _gamma(key, cv), machine_cv)
+  return _random(_gamma('cv', cv), machine_cv)
 
 
 def uniform_arrivals(
@@ -212,13 +212,8 @@ def uniform_arrivals(
   spread = _protocol.real('spread', spread)
   if spread > 1:
     raise ValueError(f'spread must be from 0 to 1, got {spread:g}')
-
-  def draw(key):
-    return jax.random.uniform(
-      key, (), jnp.float32, minval=1 - spread, maxval=1 + spread
-    )
-
-  return _random(draw, machine_cv)
+  uniform = lambda p: 1 - spread + 2 * spread * p
+  return _random(_sampling.table(uniform), machine_cv)
 
 
 def exponential_arrivals(machine_cv: float = 0.0) -> ArrivalProcess:
@@ -234,7 +229,7 @@ def exponential_arrivals(machine_cv: float = 0.0) -> ArrivalProcess:
     An :class:`ArrivalProcess`.
 
   Raises:
-    ValueError: ``machine_cv`` is not finite or negative.
+    ValueError: ``machine_cv`` is out of its range.
 
   Examples:
     >>> import gsgd_jax, optax
@@ -242,36 +237,42 @@ def exponential_arrivals(machine_cv: float = 0.0) -> ArrivalProcess:
     ...     optax.sgd(0.1), workers=4,
     ...     arrivals=gsgd_jax.exponential_arrivals())
   """
-  draw = lambda key: jax.random.exponential(key, (), jnp.float32)
-  return _random(draw, machine_cv)
+  exponential = _sampling.table(_sampling.exponential_quantile)
+  return _random(exponential, machine_cv)
 
 
-def _random(draw, machine_cv):
-  """Task times `mean_i * draw(key)`, with a key for each task."""
-  machine_cv = _protocol.real('machine_cv', machine_cv)
+def _random(table, machine_cv):
+  """Task times of a machine's mean times a number of the table, if any."""
+  means = _gamma('machine_cv', machine_cv)
 
   def init(workers, key):
     machine_key, task_key = jax.random.split(key)
     mean = None
-    if machine_cv:
-      mean = _gamma(machine_key, machine_cv, (workers,))
+    if means is not None:
+      keys = jax.random.split(machine_key, workers)
+      mean = jax.vmap(lambda key: _sampling.draw(means, key))(keys)
     return Machines(mean, task_key)
 
   def duration(machines, worker, task, now):
     del now
+    mean = None if means is None else machines.mean[worker]
+    if table is None:
+      return _UNIT if mean is None else _sampling.as_time(mean, means.bits)
     key = jax.random.fold_in(machines.key, worker)
-    time = draw(jax.random.fold_in(key, task))
-    return time if machines.mean is None else machines.mean[worker] * time
+    number = _sampling.draw(table, jax.random.fold_in(key, task))
+    if mean is None:
+      return _sampling.as_time(number, table.bits)
+    return _sampling.product(number, table.bits, mean, means.bits)
 
   return ArrivalProcess(init, duration)
 
 
-def _gamma(key, cv, shape=()):
-  """Of mean 1. In float32 whatever the precision: the same cluster."""
-  if cv == 0:
-    return jnp.ones(shape, jnp.float32)
-  scale = cv**2
-  return scale * jax.random.gamma(key, 1 / scale, shape, jnp.float32)
+def _gamma(name, cv):
+  """The table of a gamma distribution of mean 1; None if all are 1."""
+  cv = _protocol.real(name, cv)
+  if cv > 2:
+    raise ValueError(f'{name} must be from 0 to 2, got {cv:g}')
+  return _sampling.table(_sampling.gamma_quantile(cv)) if cv else None
 
 
 def straggler(

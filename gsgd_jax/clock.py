@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from gsgd_jax import _protocol
 
@@ -144,9 +145,10 @@ def of(units: Any) -> Time:
   units = jnp.maximum(units, 0)
   comes = units < 2**31 - 129  # The largest float32 below 2^31 - 1.
   units = jnp.where(comes, units, 0)
-  whole = jnp.floor(units)
-  ticks = jnp.round((units - whole) * TICKS).astype(jnp.int32)
-  whole = whole.astype(jnp.int32) + (ticks >> _BITS)
+  # A remainder, as a compiler may fuse a difference with a product before it.
+  fraction = lax.rem(units, jnp.ones_like(units))
+  ticks = jnp.round(fraction * TICKS).astype(jnp.int32)
+  whole = units.astype(jnp.int32) + (ticks >> _BITS)
   return where(comes, Time(whole, ticks & (TICKS - 1)), never(whole.shape))
 
 
@@ -183,6 +185,24 @@ def fixed(units: float) -> Time:
 def arrays(time: Time) -> Time:
   """NumPy's times as JAX's."""
   return Time(*map(jnp.asarray, time))
+
+
+def fractions(number: int) -> Time:
+  """1 / n, 2 / n, ..., 1, to the nearest tick; also of a huge number."""
+  top = jnp.arange(1, number + 1, dtype=jnp.uint32)
+  number = jnp.uint32(number)
+
+  def digit(_, carry):  # Long division, in base 2.
+    quotient, rest = carry
+    more = rest * 2 >= number
+    digit = jnp.where(more, jnp.uint32(1), jnp.uint32(0))
+    return quotient * 2 + digit, rest * 2 - digit * number
+
+  carry = (jnp.where(top == number, jnp.uint32(1), jnp.uint32(0)), top % number)
+  ticks, rest = lax.fori_loop(0, _BITS, digit, carry)
+  rounded_up = (rest * 2 >= number).astype(jnp.int32)
+  ticks = ticks.astype(jnp.int32) + rounded_up
+  return Time(ticks >> _BITS, ticks & (TICKS - 1))
 
 
 def add(time: Time, other: Time) -> Time:

@@ -7,7 +7,13 @@ import numpy as np
 
 from gsgd_jax import settings
 
-PARALLEL = ('sequential', 'synchronous', 'asynchronous', 'delayed')
+PARALLEL = (
+  'sequential',
+  'synchronous',
+  'asynchronous',
+  'delayed',
+  'data_parallel',
+)
 # Guidance, and how it is said.
 GUIDANCE = {
   'consistent': 'guided',
@@ -28,9 +34,10 @@ class Method(NamedTuple):
   @property
   def label(self) -> str:
     """What it is called in tables and pictures."""
+    label = self.parallel.replace('_', ' ')
     if self.select is None:
-      return self.parallel
-    return f'{self.parallel}, {GUIDANCE[self.select]}'
+      return label
+    return f'{label}, {GUIDANCE[self.select]}'
 
 
 def methods(config: ml_collections.ConfigDict) -> list[Method]:
@@ -75,12 +82,24 @@ class Progress(NamedTuple):
   staleness: float  # Mean over the chunk's arrivals; NaN if there was none.
 
 
+class Arrivals(NamedTuple):
+  """Whose gradients were applied, and how stale they were; since the start."""
+
+  mean: np.ndarray  # shape=(seeds,): mean staleness; NaN before the first.
+  histogram: np.ndarray  # shape=(bins,), int: of staleness, over all seeds.
+  # shape=(workers,): each worker's share of the applied gradients over a fair
+  # share, from the slowest to the fastest of each seed, their mean over seeds.
+  shares: np.ndarray
+
+
 class Evaluation(NamedTuple):
   """Measurements at a step, for every seed: shape=(seeds,) each."""
 
   method: Method
   step: int
   epoch: float
+  arrivals: Arrivals
+  simulated_time: np.ndarray  # In mean gradient computations.
   gradient_evaluations: np.ndarray  # Those in flight and replays included.
   train_loss: np.ndarray  # Over the whole split; NaN where there is no split.
   validation_loss: np.ndarray
@@ -89,9 +108,14 @@ class Evaluation(NamedTuple):
   validation_accuracy: np.ndarray
   test_accuracy: np.ndarray
   staleness: np.ndarray  # Mean since the last evaluation; NaN at the first.
+  latest_staleness: np.ndarray  # Of the last gradient.
+  maximal_staleness: np.ndarray  # Since the start.
+  applied: np.ndarray  # Updates of the server so far, replays aside.
+  overwritten: np.ndarray  # Gradients so far.
+  lost: np.ndarray  # Likewise, by failures.
 
 
-MEASURED = Evaluation._fields[3:]
+MEASURED = Evaluation._fields[4:]
 
 
 class Finished(NamedTuple):
@@ -106,13 +130,18 @@ Event = Started | Progress | Evaluation | Finished
 
 
 class History(NamedTuple):
-  """All evaluations of a method: shape=(evaluations, seeds), but for `step`."""
+  """All evaluations of a method.
+
+  Measurements (`MEASURED`) have shape=(evaluations, seeds).
+  """
 
   method: Method
   status: str  # Of `Finished`; 'not_started', 'interrupted', 'failed'.
   message: str | None
   step: np.ndarray  # shape=(evaluations,), int.
   epoch: np.ndarray  # shape=(evaluations,).
+  arrivals: Arrivals | None  # At the last evaluation.
+  simulated_time: np.ndarray
   gradient_evaluations: np.ndarray
   train_loss: np.ndarray
   validation_loss: np.ndarray
@@ -121,6 +150,11 @@ class History(NamedTuple):
   validation_accuracy: np.ndarray
   test_accuracy: np.ndarray
   staleness: np.ndarray
+  latest_staleness: np.ndarray
+  maximal_staleness: np.ndarray
+  applied: np.ndarray
+  overwritten: np.ndarray
+  lost: np.ndarray
 
 
 class Results:
@@ -158,5 +192,6 @@ class Results:
       *self._ends[method],
       stack('step').astype(int),
       stack('epoch').astype(float),
+      events[-1].arrivals if events else None,
       *(stack(field).reshape(-1, self._seeds) for field in MEASURED),
     )

@@ -1,5 +1,6 @@
 """An experiment: config -> data, model -> training, method by method."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,12 @@ from gsgd_jax import (
   transformation,
 )
 
+# What a container may take on Linux, by either version of control groups.
+_LIMITS = (
+  pathlib.Path('/sys/fs/cgroup/memory.max'),
+  pathlib.Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'),
+)
+
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises a ValueError that says what is wrong with a config, if anything.
@@ -32,18 +39,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_guidance(config, method)
   dataset = _load(config, 0)
   examples = len(dataset.train.labels)
-  if config.batch_size > examples:
-    raise ValueError(
-      f'batch_size must be at most the {examples} training examples of '
-      f'{config.dataset}, got {config.batch_size}'
-    )
+  for name in ('batch_size', 'split_batch_size'):
+    if (config[name] or 0) > examples:
+      raise ValueError(
+        f'{name} must be at most the {examples} training examples of '
+        f'{config.dataset}, got {config[name]}'
+      )
   for seed in range(1, config.seeds):
     _load(config, seed)
   rate = transformation.learning_rate(config)
   optimizers.check_rates(config.schedule, rate, config.updates)
   model = make_model(config, dataset)
   params = jax.eval_shape(model.init, jax.random.key(0))
-  batch_like = transformation.batch_like_of(config, dataset)
+  batch_like = transformation.batch_like_of(config, named[0], dataset)
   loss_fn = models.cross_entropy(model)
   optimizers.dry_run(
     transformation.make_optimizer(config, loss_fn),
@@ -54,6 +62,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
   for method in named:
+    _check_trace(config, method)
+    batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
     _check_memory(config, method, jax.eval_shape(tx.init, params), params)
 
@@ -62,7 +72,9 @@ def _check_guidance(config, method):
   """Guidance that would do nothing is a mistake."""
   if method.select is None:
     return
-  updates = config.updates // transformation.joined(config, method)
+  updates = config.updates
+  if method.parallel == 'synchronous':
+    updates //= transformation.joined(config, method)
   if config.window > updates:
     raise ValueError(
       f'{method.name} replays at the end of a window: window must be at most '
@@ -73,6 +85,18 @@ def _check_guidance(config, method):
     raise ValueError(
       f'{method.name} would replay nothing, as replays={replays} and '
       f'window={config.window}'
+    )
+
+
+def _check_trace(config, method):
+  """A trace must last as long as the run."""
+  if config.trace is None or method.parallel != 'asynchronous':
+    return
+  entries = transformation.trace_of(config).entries
+  if len(entries) < config.updates:
+    raise ValueError(
+      f'{entries[-1]}: the trace is too short: it ends after {len(entries):,} '
+      f'arrivals, and {config.updates:,} updates need as many'
     )
 
 
@@ -95,7 +119,11 @@ def _memory():
     return (device.memory_stats() or {}).get('bytes_limit')
   if not hasattr(os, 'sysconf'):
     return None
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  for limit in _LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # 'max' is no limit.
+      there = min(there, int(limit.read_text()))
+  return there
 
 
 def run(

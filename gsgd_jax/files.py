@@ -6,7 +6,8 @@
 | `metrics.jsonl` | a line for each evaluation of each method, as it happens  |
 | `timing.jsonl`  | when each of these lines was measured                     |
 | `result.json`   | test accuracies, status, versions; written at the end     |
-| `curves.png`    | the picture of them                                       |
+| `curves.png`    | the picture of them, by updates and by simulated time     |
+| `staleness.png` | how stale gradients were, and whose; where workers are    |
 
 `docs/files.schema.json` describes every field. Only `timing.jsonl` depends on
 the clock: the other files of two equal runs on one machine are equal. JSON has
@@ -32,7 +33,10 @@ NAMES = (
   'timing.jsonl',
   'result.json',
   'curves.png',
+  'staleness.png',
 )
+# In a line of metrics; `result.json` has every worker.
+_MOST_SHARES = 64
 
 
 def of_a_run(workdir: pathlib.Path) -> str | None:
@@ -154,7 +158,8 @@ class Log:
       return
     line = {'method': event.method.name, 'step': event.step}
     fields = ('epoch', *events.MEASURED)
-    self._metrics.write(line | {f: getattr(event, f) for f in fields})
+    measured = {f: getattr(event, f) for f in fields}
+    self._metrics.write(line | measured | _arrivals(event.arrivals))
     rate = None
     if event.step:  # Later than an evaluation of the same method.
       before, step = self._last
@@ -168,3 +173,14 @@ class Log:
     """Closes the files."""
     self._metrics.close()
     self._timing.close()
+
+
+def _arrivals(arrivals):
+  """A histogram without the empty bins at its end; shares, not too many."""
+  shares = arrivals.shares
+  if len(shares) > _MOST_SHARES:
+    shares = np.quantile(shares, np.linspace(0, 1, _MOST_SHARES))
+  return {
+    'staleness_histogram': np.trim_zeros(arrivals.histogram, 'b'),
+    'worker_shares': shares,
+  }

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import scipy.stats
 
-from gsgd_jax import __version__, events
+from gsgd_jax import __version__, events, transformation
 
 _PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'scikit-learn')
 _LEVEL = 0.95
@@ -127,7 +127,7 @@ def table(histories: dict[str, events.History]) -> str:
   head = ['method', 'test accuracy, %', 'chosen by validation']
   if baseline is not None:
     head.append(f'less {histories[baseline].method.label}, paired')
-  head += ['updates', 'gradient evaluations', 'status']
+  head += ['updates', 'gradient evaluations', 'simulated time', 'status']
   rows = [head]
   for name, history in histories.items():
     row = [history.method.label]
@@ -142,9 +142,10 @@ def table(histories: dict[str, events.History]) -> str:
       spent = history.gradient_evaluations[-1].mean()
       last = chosen(history, 'last')
       updates = 0 if last is None else last.step.mean()
-      row += [f'{updates:,.0f}', f'{spent:,.0f}']
+      time = history.simulated_time[-1].mean()
+      row += [f'{updates:,.0f}', f'{spent:,.0f}', f'{time:,.1f}']
     else:
-      row += ['0', '0']
+      row += ['0', '0', '0']
     rows.append([*row, history.status.replace('_', ' ')])
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
@@ -198,10 +199,14 @@ def sentences(
     if difference is not None:
       said.append(text.format(_signed(difference)) + _verdict(difference) + '.')
 
+  rounds = f'Synchronous rounds of {config.workers} workers'
+  if config.wait_for is not None:
+    rounds += f', {config.wait_for} of them waited for,'
   costs = {
     'asynchronous': f'The delay of {config.workers} workers changes',
     'delayed': f'A delay of {config.delay} updates changes',
-    'synchronous': f'Synchronous rounds of {config.workers} workers change',
+    'synchronous': f'{rounds} change',
+    'data_parallel': f'Splitting batches over {config.workers} workers changes',
   }
   for parallel in events.PARALLEL:
     if parallel in costs:
@@ -240,12 +245,12 @@ def result(
     },
     'device': f'{device.platform} ({device.device_kind})',
     'said': sentences(config, histories),
-    'methods': {name: _of_method(h) for name, h in histories.items()},
+    'methods': {name: _of_method(h, config) for name, h in histories.items()},
   }
 
 
-def _of_method(history):
-  spent = history.gradient_evaluations
+def _of_method(history, config):
+  last = lambda values: values[-1] if len(values) else None
   return {
     'label': history.method.label,
     'parallel': history.method.parallel,
@@ -253,12 +258,32 @@ def _of_method(history):
     'status': history.status,
     'message': history.message,
     'step': int(history.step[-1]) if len(history.step) else 0,
-    'gradient_evaluations': spent[-1] if len(spent) else None,
+    'gradient_evaluations': last(history.gradient_evaluations),
+    'simulated_time': last(history.simulated_time),
+    'applied': last(history.applied),
+    'overwritten': last(history.overwritten),
+    'lost': last(history.lost),
+    'staleness': _of_staleness(history, config),
+    'worker_shares': None
+    if history.arrivals is None
+    else history.arrivals.shares,
     'test_accuracy': {
       'validation_chosen': _of_chosen(chosen(history, 'validation')),
       'last': _of_chosen(chosen(history, 'last')),
       'best_over_epochs': _of_chosen(chosen(history, 'best')),
     },
+  }
+
+
+def _of_staleness(history, config):
+  if history.arrivals is None:
+    return None
+  return {
+    'latest': history.latest_staleness[-1],
+    'mean': history.arrivals.mean,
+    'maximum': history.maximal_staleness[-1],
+    'histogram': np.trim_zeros(history.arrivals.histogram, 'b'),
+    'bin_width': transformation.bin_width(config),
   }
 
 
@@ -278,39 +303,133 @@ def draw(
   config: ml_collections.ConfigDict,
   histories: dict[str, events.History],
 ) -> None:
-  """Accuracy and loss against updates, one line a method."""
+  """Accuracy and loss, by updates and by simulated time; one line a method."""
+  plt = _pyplot()
+  figure, axes = plt.subplots(
+    2, 2, figsize=(11, 7.6), layout='constrained', sharey='row'
+  )
+  (by_updates, by_time), (loss_by_updates, loss_by_time) = axes
+  by_updates.set(ylabel='test accuracy, %')
+  loss_by_updates.set(
+    xlabel='updates',
+    ylabel=f'training loss (geometric mean; floor {_FLOOR:g})',
+    yscale='log',
+  )
+  loss_by_time.set(xlabel='simulated time, mean gradient computations')
+  for axis in (by_time, loss_by_time):
+    axis.set_xscale('log')  # Methods differ by factors.
+  for history, style in _styled(histories):
+    accuracy, loss = 100 * history.test_accuracy, history.train_loss
+    _band(by_updates, history.step, accuracy, style)
+    _band(loss_by_updates, history.step, loss, style)
+    time = history.simulated_time.mean(axis=1)
+    begun = time > 0  # Zero has no place on a logarithmic axis.
+    if begun.any():
+      _band(by_time, time[begun], accuracy[begun], style)
+      _band(loss_by_time, time[begun], loss[begun], style)
+  if by_updates.lines:
+    by_updates.legend(loc='lower right', frameon=False)
+  _save(figure, axes.flat, _title(config), path)
+
+
+def has_workers(history: events.History) -> bool:
+  """Whether there is anything to draw of who arrives."""
+  arrivals = history.arrivals
+  return arrivals is not None and len(arrivals.shares) > 1
+
+
+def draw_staleness(
+  path: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  histories: dict[str, events.History],
+) -> None:
+  """How stale the applied gradients were, and which workers they were of."""
+  plt = _pyplot()
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+  left, right = axes
+  left.set(xlabel='staleness, updates', ylabel='share of the gradients, %')
+  right.set(
+    xlabel='workers, from the slowest to the fastest, %',
+    ylabel='share of the gradients over a fair share',
+  )
+  right.axhline(1, color='#999999', linewidth=1, linestyle=':')
+  width = transformation.bin_width(config)
+  most = 1
+  for arrivals, style in _arrivals(histories):
+    counts = np.trim_zeros(arrivals.histogram, 'b')
+    most = max(most, len(counts))
+    edges = np.arange(len(counts) + 1) * width
+    share = 100 * counts / counts.sum()
+    left.stairs(share, edges, fill=True, color=style['color'], alpha=0.12)
+    left.stairs(share, edges, **style)
+    workers = len(arrivals.shares)
+    edges = 100 * np.arange(workers + 1) / workers
+    right.stairs(arrivals.shares, edges, baseline=None, **style)
+  if most == transformation.BINS:
+    left.set(xlabel='staleness, updates (the last bin: all above)')
+  left.set_ylim(bottom=0)
+  right.set_ylim(bottom=0)
+  right.legend(loc='upper left', frameon=False)
+  seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
+  _save(figure, axes, f'{_setting(config)}: {seeds}', path)
+
+
+def _arrivals(histories):
+  """What has arrived, and how its line looks; equal ones share theirs."""
+  lines = []
+  for history, style in _styled(histories):
+    if not has_workers(history) or not history.arrivals.histogram.any():
+      continue
+    same = [
+      (arrivals, drawn)
+      for arrivals, drawn in lines
+      if all(
+        np.array_equal(getattr(arrivals, f), getattr(history.arrivals, f))
+        for f in ('histogram', 'shares')
+      )
+    ]
+    for _, drawn in same:
+      drawn['label'] += f'\n{style["label"]}'
+    if not same:
+      lines.append((history.arrivals, style))
+  return lines
+
+
+def _pyplot():
   import matplotlib
 
   matplotlib.use('agg')
-  from matplotlib import pyplot as plt
+  from matplotlib import pyplot
 
-  figure, (left, right) = plt.subplots(
-    1, 2, figsize=(11, 4.2), layout='constrained'
-  )
-  left.set(xlabel='updates', ylabel='test accuracy, %')
-  right.set(xlabel='updates', yscale='log')
-  right.set(ylabel=f'training loss (geometric mean; floor {_FLOOR:g})')
+  return pyplot
+
+
+def _styled(histories):
+  """Every history that has begun, and how its line looks."""
   for i, history in enumerate(histories.values()):
-    if not len(history.step):
-      continue
-    style = dict(
-      color=_COLOURS[i % len(_COLOURS)],
-      linestyle=_DASHES[i % len(_DASHES)],
-      label=_in_legend(history),
-    )
-    _band(left, history.step, 100 * history.test_accuracy, style)
-    _band(right, history.step, history.train_loss, style)
-  if left.lines:
-    left.legend(loc='lower right', frameon=False)
-  for axes in (left, right):
-    axes.grid(alpha=0.25)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.margins(x=0)
-  figure.suptitle(_title(config))
+    if len(history.step):
+      yield (
+        history,
+        dict(
+          color=_COLOURS[i % len(_COLOURS)],
+          linestyle=_DASHES[i % len(_DASHES)],
+          label=_in_legend(history),
+        ),
+      )
+
+
+def _save(figure, axes, title, path):
+  from matplotlib import pyplot
+
+  for axis in axes:
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.margins(x=0)
+  figure.suptitle(title)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # A character that the font lacks.
     figure.savefig(path, dpi=130)
-  plt.close(figure)
+  pyplot.close(figure)
 
 
 def _in_legend(history):
@@ -320,13 +439,27 @@ def _in_legend(history):
 
 def _parallelism(config):
   parallel = {method.parallel for method in events.methods(config)}
-  if parallel & {'asynchronous', 'synchronous'}:
-    yield f'{config.workers} workers'
+  if parallel & {'asynchronous', 'synchronous', 'data_parallel'}:
+    yield f'{config.workers} workers{_cluster(config)}'
   if 'delayed' in parallel:
     yield f'delay {config.delay}'
 
 
-def _title(config):
+def _cluster(config):
+  """What is to be known of the workers, in brackets."""
+  words = []
+  if config.arrivals != 'round_robin':
+    words.append(config.arrivals)
+  if config.machine_cv:
+    words.append(f'machines vary by {config.machine_cv:g}')
+  if config.straggler is not None:
+    words.append(f'one {config.straggler:g} times as slow')
+  if config.fails_at is not None:
+    words.append(f'one fails at {config.fails_at:g}')
+  return f' ({", ".join(words)})' if words else ''
+
+
+def _setting(config):
   rate = config.learning_rate
   words = [
     pathlib.Path(config.dataset).name,
@@ -334,9 +467,13 @@ def _title(config):
     f'batch {config.batch_size}',
     config.optimizer + ('' if rate is None else f' at {rate:g}'),
   ]
+  return ', '.join(words)
+
+
+def _title(config):
   if config.seeds == 1:
-    return f'{", ".join(words)}: one seed'
-  return f'{", ".join(words)}: mean of {config.seeds} seeds, 95 % interval'
+    return f'{_setting(config)}: one seed'
+  return f'{_setting(config)}: mean of {config.seeds} seeds, 95 % interval'
 
 
 def _band(axes, updates, values, style):
@@ -347,7 +484,8 @@ def _band(axes, updates, values, style):
   intervals = [interval(v) for v in values]
   mean = np.array([i.mean for i in intervals])
   half = np.array([i.half_width or 0.0 for i in intervals])
-  shape = np.exp if logarithmic else lambda x: x
+  # What is not a loss is an accuracy, and ends at 0 and 100.
+  shape = np.exp if logarithmic else lambda x: np.clip(x, 0, 100)
   axes.plot(updates, shape(mean), **style)
   axes.fill_between(
     updates,

@@ -31,6 +31,7 @@ class Round(NamedTuple):
   number: jax.Array  # shape=(), dtype=int32: from 0.
   order: jax.Array  # shape=(wait_for,), int32: the fastest workers, in order.
   end: clock.Time  # When it ends, synchronisation included.
+  applied: _protocol.Applied  # Gradients so far; see `worker_shares`.
   machines: Any  # What the arrival process knows.
 
 
@@ -163,6 +164,7 @@ class _Rounds(NamedTuple):
       number=jnp.zeros([], jnp.int32),
       order=jnp.arange(self.wait_for, dtype=jnp.int32),
       end=clock.zero(),
+      applied=_protocol.Applied(jnp.zeros([self.workers], jnp.int32)),
       machines=self.arrivals.init(self.workers, jax.random.PRNGKey(self.seed)),
     )
 
@@ -170,16 +172,24 @@ class _Rounds(NamedTuple):
     """The round of a call: its first call decides how fast everybody is."""
     this, began = state.round, state.clock.time
 
-    def decide(_):
+    def decide(carry):
+      *_, applied = carry
       times = _cluster.round_times(
         self.arrivals, this.machines, self.workers, this.number, began
       )
       order = clock.order(times)[: self.wait_for]
       end = clock.add(began, clock.at(times, order[-1]))
-      return order, clock.add(end, clock.of(state.clock.sync_cost))
+      end = clock.add(end, clock.of(state.clock.sync_cost))
+      return order, end, applied.at[order].add(1)
 
-    order, end = _ring.when(state.count == 0, decide, (this.order, this.end))
-    return this._replace(order=order, end=end)
+    order, end, applied = _ring.when(
+      state.count == 0,
+      decide,
+      (this.order, this.end, this.applied.by_worker),
+    )
+    return this._replace(
+      order=order, end=end, applied=_protocol.Applied(applied)
+    )
 
   def ended(self, state, this, last):
     """The clock and the round after a call."""

@@ -9,6 +9,15 @@ import ml_collections
 from ml_collections import config_dict
 
 _LARGEST = 3.4e38  # Of float32.
+ARRIVALS = (
+  'round_robin',
+  'gamma',
+  'uniform',
+  'exponential',
+  'speeds',
+  'recorded',
+)
+REPLAY_MODELS = ('serial', 'parallel', 'shared')
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -37,8 +46,9 @@ def default_config() -> ml_collections.ConfigDict:
   config.model = 'mlp'  # Or 'softmax_regression'.
   config.hidden = (64,)  # Units of each hidden layer.
   # Methods, side by side: each PARALLEL or PARALLEL+GUIDANCE, with PARALLEL
-  # sequential, synchronous, asynchronous or delayed, and GUIDANCE consistent
-  # (guided SGD), random, hardest, inconsistent or surprise (its controls).
+  # sequential, synchronous, asynchronous, delayed or data_parallel, and
+  # GUIDANCE consistent (guided SGD), random, hardest, inconsistent or surprise
+  # (its controls).
   config.methods = (
     'sequential',
     'asynchronous',
@@ -50,6 +60,28 @@ def default_config() -> ml_collections.ConfigDict:
   config.workers = 16
   config.delay = 15  # Of 'delayed', in updates.
   config.combine = 'sequential'  # Rounds of 'synchronous'; or 'mean'.
+  config.wait_for = config_dict.placeholder(int)  # Of a round, the m fastest.
+  # The batch that 'data_parallel' splits over the workers; None is batch_size.
+  config.split_batch_size = config_dict.placeholder(int)
+  config.max_ahead = config_dict.placeholder(int)  # Of 'asynchronous': a bound.
+  # Of 'asynchronous': gradients that come so soon overwrite one another.
+  config.overwrite_within = config_dict.placeholder(float)
+  # The cluster of workers, a new one for each seed; times are in mean gradient
+  # computations. arrivals: round_robin, gamma, uniform, exponential, speeds or
+  # recorded.
+  config.arrivals = 'round_robin'
+  config.cv = 0.1  # Of 'gamma': how much a machine's task times vary.
+  config.spread = 0.5  # Of 'uniform': task times lie within 1 +- spread.
+  config.machine_cv = (
+    0.0  # Of these and 'exponential': how uneven machines are.
+  )
+  config.speeds = ()  # Of 'speeds': each worker's gradients a unit of time.
+  config.trace = config_dict.placeholder(str)  # Of 'recorded': the file.
+  config.trace_unit = config_dict.placeholder(float)  # None: measured in it.
+  config.straggler = config_dict.placeholder(float)  # Worker 0: times as slow.
+  config.fails_at = config_dict.placeholder(float)  # The last worker: a time.
+  config.back_at = config_dict.placeholder(float)  # None: never.
+  config.sync_cost = 0.1  # Of a round, a split batch, a shared replay.
   # Optimizer: any of optax or optax.contrib by name, 'momentum', 'nesterov'.
   config.optimizer = 'sgd'
   config.optimizer_kwargs = ml_collections.ConfigDict()
@@ -65,11 +97,13 @@ def default_config() -> ml_collections.ConfigDict:
   config.evaluate_every = 134  # Updates.
   config.patience = config_dict.placeholder(int)  # Evaluations; see README.
   # Guided SGD: window (the paper's delay tolerance), at most so many replays a
-  # window (None is min(4, window // 2)), batches scored anew (None is all, the
-  # paper's rule; 0 is free scoring), whether to draw a verification sample,
-  # whether a replay applies the stored gradient once more.
+  # window (None is min(4, window // 2)), who takes them (serial: the server,
+  # parallel: as many workers, shared: all together), batches scored anew (None
+  # is all, the paper's rule; 0 is free scoring), whether to draw a verification
+  # sample, whether a replay applies the stored gradient once more.
   config.window = 10
   config.replays = config_dict.placeholder(int)
+  config.replay_model = 'serial'
   config.revisit = config_dict.placeholder(int)
   config.verification = True
   config.average_scores = False
@@ -120,8 +154,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   _names(config)
   for name in ('dataset', 'preprocessing', 'model', 'combine', 'optimizer'):
     _text(config, name)
-  _text(config, 'schedule')
-  for name in ('target', 'parallel', 'guidance', 'compilation_cache'):
+  for name in ('schedule', 'arrivals', 'replay_model'):
+    _text(config, name)
+  for name in ('target', 'parallel', 'guidance', 'compilation_cache', 'trace'):
     _text(config, name, optional=True)
   for name in ('workers', 'batch_size', 'seeds', 'updates', 'evaluate_every'):
     _integer(config, name, 1)
@@ -131,6 +166,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   _integer(config, 'patience', 1, optional=True)
   _integer(config, 'replays', 0, optional=True)
   _integer(config, 'revisit', 0, optional=True)
+  _integer(config, 'wait_for', 1, optional=True)
+  _integer(config, 'split_batch_size', 1, optional=True)
+  _integer(config, 'max_ahead', 0, optional=True)
   for name in ('verification', 'average_scores', 'stored_gradients'):
     _truth(config, name)
   _truth(config, 'tensorboard')
@@ -139,11 +177,20 @@ def check(config: ml_collections.ConfigDict) -> None:
   _number(config, 'validation_share', 0, 1)
   _number(config, 'label_noise', 0, 1)
   _number(config, 'learning_rate', 0, _LARGEST, optional=True)
+  for name in ('cv', 'machine_cv', 'sync_cost'):
+    _number(config, name, 0, _LARGEST)
+  _number(config, 'spread', 0, 1)
+  for name in ('overwrite_within', 'trace_unit', 'fails_at', 'back_at'):
+    _number(config, name, 0, _LARGEST, optional=True)
+  _number(config, 'straggler', 0, _LARGEST, optional=True)
   one_of('model', config.model, ('mlp', 'softmax_regression'))
   one_of('preprocessing', config.preprocessing, ('standard', 'author'))
   one_of('combine', config.combine, ('sequential', 'mean'))
+  one_of('arrivals', config.arrivals, ARRIVALS)
+  one_of('replay_model', config.replay_model, REPLAY_MODELS)
   _sequences(config)
   _between(config)
+  _cluster(config)
 
 
 def _names(config):
@@ -207,7 +254,7 @@ def _number(config, name, least, most, optional=False):
 
 
 def _sequences(config):
-  for name in ('hidden', 'methods'):
+  for name in ('hidden', 'methods', 'speeds'):
     if not isinstance(config[name], (tuple, list)):
       _fail(config, name, 'a tuple', False)
   if len(config.hidden) > 100:
@@ -218,6 +265,12 @@ def _sequences(config):
     raise ValueError(
       f'hidden must hold positive integers, got {tuple(config.hidden)}'
     )
+  for speed in config.speeds:
+    real = isinstance(speed, numbers.Real) and not isinstance(speed, bool)
+    if not real or not 0 < speed <= _LARGEST:
+      raise ValueError(
+        f'speeds must hold positive numbers, got {tuple(config.speeds)}'
+      )
   if any(not isinstance(m, str) for m in config.methods):
     raise ValueError(f'methods must hold names, got {tuple(config.methods)}')
   for name in ('optimizer_kwargs', 'schedule_kwargs'):
@@ -271,4 +324,42 @@ def _between(config):
     raise ValueError(
       'stored_gradients computes nothing, so revisit must be 0 with it, got '
       f'{config.revisit}'
+    )
+
+
+def _cluster(config):
+  """Settings of the cluster that only mean something together."""
+  if config.wait_for is not None and config.wait_for > config.workers:
+    raise ValueError(
+      f'wait_for must be at most workers={config.workers}, got '
+      f'{config.wait_for}'
+    )
+  if config.machine_cv and config.arrivals not in (
+    'gamma',
+    'uniform',
+    'exponential',
+  ):
+    raise ValueError(
+      'machine_cv makes random task times uneven and needs --config.arrivals='
+      f'gamma, uniform or exponential, got {config.arrivals}'
+    )
+  for arrivals, name, given in (
+    ('recorded', 'trace', config.trace is not None),
+    ('speeds', 'speeds', bool(config.speeds)),
+  ):
+    if (config.arrivals == arrivals) != given:
+      raise ValueError(
+        f'--config.arrivals={arrivals} and --config.{name} belong together: '
+        'give both or neither'
+      )
+  if config.trace_unit is not None and config.trace is None:
+    raise ValueError('trace_unit is the unit of a trace and needs one')
+  if config.back_at is not None and config.fails_at is None:
+    raise ValueError('back_at is when a worker comes back and needs fails_at')
+  within = config.overwrite_within
+  between = 1 / config.workers if config.arrivals == 'round_robin' else math.inf
+  if within is not None and within > between * (1 - 1e-6):
+    raise ValueError(
+      'overwrite_within must be below the time between two arrivals, '
+      f'1 / {config.workers}, or none is ever applied, got {within:g}'
     )

@@ -38,6 +38,7 @@ class AsynchronousState(NamedTuple):
   version: jax.Array  # shape=(), dtype=int32: updates applied so far.
   worker: jax.Array  # shape=(), dtype=int32: who takes the next gradient.
   read_at: jax.Array | None  # shape=(workers,), int32: version each one read.
+  applied: _protocol.Applied  # Gradients so far; see `worker_shares`.
   overwritten: jax.Array | None  # shape=(), dtype=int32: gradients so far.
   lost: jax.Array | None  # shape=(), dtype=int32: likewise, by failures.
   clock: _protocol.Clock  # Of the last arrival; see `simulated_time`.
@@ -328,6 +329,7 @@ def _init(server, params):
     version=zero(),
     worker=zero(),
     read_at=None if alone else jnp.zeros([workers], jnp.int32),
+    applied=_protocol.Applied(jnp.zeros([workers], jnp.int32)),
     overwritten=None if server.overwrite_within is None else zero(),
     lost=None if server.arrivals.lost is None else zero(),
     clock=_cluster.clock_of(workers, server.sync_cost),
@@ -401,6 +403,7 @@ def _update_alone(server, updates, state, params, extra_args):
   return new_updates, state._replace(
     count=optax.safe_increment(state.count),
     version=optax.safe_increment(state.version),
+    applied=_protocol.Applied(state.applied.by_worker + 1),
     clock=state.clock._replace(time=now),
     cluster=_cluster.restarted(
       server.arrivals, state.cluster, worker, now, jnp.ones([], bool)
@@ -421,8 +424,7 @@ def _update(server, updates, state, params, extra_args):
   cluster = _cluster.restarted(
     server.arrivals, state.cluster, worker, now, arrives
   )
-  lost = _lost(state.cluster, worker)
-  applies, counts = _counted(server, state, cluster, now, arrives, lost)
+  applies, counts = _counted(server, state, cluster, worker, now, arrives)
   arrived = _ring.read(in_flight, worker)
   packet = _extras(
     server, extra_args, arrived, state.version - state.read_at[worker], worker
@@ -472,10 +474,9 @@ def _update_bounded(server, updates, state, params, extra_args):
   def arrival(carry):
     total, state = carry
     worker, now = _cluster.next_arrival(state.cluster)
-    lost = _lost(state.cluster, worker)
     cluster = _cluster.stopped(state.cluster, worker)
     arrives = jnp.ones([], bool)
-    applies, counts = _counted(server, state, cluster, now, arrives, lost)
+    applies, counts = _counted(server, state, cluster, worker, now, arrives)
     arrived = _ring.read(in_flight, worker)
     at = None if params is None else optax.apply_updates(params, total)
     packet = _extras(
@@ -515,15 +516,12 @@ def _update_bounded(server, updates, state, params, extra_args):
   )
 
 
-def _lost(cluster, worker):
-  return False if cluster.lost is None else cluster.lost[worker]
-
-
-def _counted(server, state, cluster, now, arrives, lost):
+def _counted(server, state, cluster, worker, now, arrives):
   """Whether the arriving gradient is applied, and the counts after it."""
   counts, applies = {}, arrives
   if state.lost is not None:
-    counts['lost'] = state.lost + (arrives & lost).astype(jnp.int32)
+    lost = arrives & _ring.read(state.cluster.lost, worker)
+    counts['lost'] = state.lost + lost.astype(jnp.int32)
     applies &= ~lost
   if server.overwrite_within is not None:
     overwritten = applies & _cluster.arrives_within(
@@ -531,7 +529,12 @@ def _counted(server, state, cluster, now, arrives, lost):
     )
     counts['overwritten'] = state.overwritten + overwritten.astype(jnp.int32)
     applies &= ~overwritten
-  counts['version'] = state.version + applies.astype(jnp.int32)
+  one = applies.astype(jnp.int32)
+  counts['version'] = state.version + one
+  by_worker = _ring.read(state.applied.by_worker, worker) + one
+  counts['applied'] = _protocol.Applied(
+    _ring.write(state.applied.by_worker, worker, by_worker)
+  )
   return applies, counts
 
 

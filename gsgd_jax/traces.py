@@ -93,11 +93,13 @@ def recorded_arrivals(
           f'got {worker}'
         )
     by_worker = np.argsort(trace.workers, kind='stable')
-    counts = np.bincount(trace.workers, minlength=workers)
-    start = np.concatenate([[0], np.cumsum(counts)])
+    start = jnp.searchsorted(
+      jnp.asarray(trace.workers[by_worker], jnp.int32),
+      jnp.arange(workers + 1, dtype=jnp.int32),
+    )
     when = _when(trace, workers, unit)
     return Recording(
-      jnp.asarray(start, jnp.int32),
+      start.astype(jnp.int32),
       clock.arrays(Time(when.whole[by_worker], when.ticks[by_worker])),
     )
 

@@ -21,12 +21,16 @@ import optax
 from jax import custom_batching
 
 from gsgd_jax import (
+  _protocol,
   data,
+  diagnostics,
   events,
   models,
   optimizers,
+  simulated_time,
   transformation,
   worker_params,
+  worker_shares,
 )
 
 _CHUNK_SECONDS = 0.5
@@ -38,6 +42,17 @@ class _Rows(NamedTuple):
 
   batch: np.ndarray
   verification: np.ndarray | None
+
+
+class _Cluster(NamedTuple):
+  """What the transformations have counted since the start."""
+
+  clock: Any  # What `simulated_time` reads.
+  record: diagnostics.StalenessRecord
+  applied: Any  # What `worker_shares` reads; None where nobody counts.
+  overwritten: jax.Array
+  lost: jax.Array
+  replays: jax.Array
 
 
 class _Carry(NamedTuple):
@@ -54,9 +69,7 @@ class _Totals(NamedTuple):
   loss: jax.Array  # Sum of the chunk's.
   bad_call: jax.Array
   bad_loss: jax.Array
-  staleness: jax.Array  # Since the start, as the next two.
-  arrivals: jax.Array
-  replays: jax.Array
+  cluster: _Cluster
 
 
 def train(
@@ -143,7 +156,8 @@ def _evaluated_steps(config):
 
 def _padded(config):
   """Calls that a chunk has room for; its rows take 64 MB, or are one call's."""
-  numbers = config.batch_size + data.MOST_VERIFICATION
+  size = max(config.batch_size, config.split_batch_size or 0)
+  numbers = size + data.MOST_VERIFICATION
   room = 2**24 // (config.seeds * numbers)
   return max(1, min(config.evaluate_every, config.updates, 512, room))
 
@@ -174,13 +188,14 @@ class _Reports:
 
   def __init__(self, config, method, datasets, filling):
     self.finished = False
+    self._config = config
     self._method = method
     self._filling = filling
-    self._joined = transformation.joined(config, method)
-    self._epoch = config.batch_size / len(datasets[0].train.labels)
+    size = transformation.batch_size(config, method)
+    self._epoch = size / len(datasets[0].train.labels)
     self._stopping = _Stopping(config.patience, config.seeds)
-    self._seen = (0, 0)  # Sums of the chunk before.
-    self._recent = np.zeros(2)  # Sums since the last evaluation.
+    self._seen = np.zeros([2, config.seeds])  # Sums of the chunk before.
+    self._recent = np.zeros([2, config.seeds])  # Since the last evaluation.
 
   def of(self, calls, length, totals, measured):
     """Events of a chunk that ends after so many calls; waits for it."""
@@ -191,7 +206,7 @@ class _Reports:
     if diverged is None and length:
       losses = totals.loss[~self._stopping.stopped]
       loss = float(np.mean(losses)) / length
-      staleness = float(np.mean(_ratio(*arrived)))
+      staleness = float(_ratio(*arrived.sum(axis=1)))
       yield events.Progress(self._method, step, loss, staleness)
     if diverged is None and measured is not None:
       measured = jax.device_get(measured)
@@ -207,30 +222,36 @@ class _Reports:
       yield events.Finished(self._method, 'stopped_early', None)
 
   def _evaluation(self, calls, step, totals, measured):
-    taken = calls + self._joined * np.broadcast_to(
-      totals.replays, totals.loss.shape
-    )
-    measured['gradient_evaluations'] = taken
-    staleness = _ratio(*self._recent)
-    self._recent = np.zeros(2)
-    measured['staleness'] = np.broadcast_to(staleness, totals.loss.shape)
+    config, cluster = self._config, totals.cluster
+    joined = transformation.joined(config, self._method)
+    taken = transformation.gradients_taken(config, self._method, calls)
+    measured['gradient_evaluations'] = taken + joined * cluster.replays
+    measured['simulated_time'] = simulated_time(cluster.clock)
+    measured['staleness'] = _ratio(*self._recent)
+    self._recent = np.zeros_like(self._recent)
+    measured['latest_staleness'] = cluster.record.latest
+    measured['maximal_staleness'] = cluster.record.maximum
+    measured['applied'] = cluster.record.count
+    measured['overwritten'] = cluster.overwritten
+    measured['lost'] = cluster.lost
     measured = self._stopping.frozen(measured)
     evaluation = events.Evaluation(
-      self._method, step, step * self._epoch, **measured
+      self._method,
+      step,
+      step * self._epoch,
+      _arrivals(cluster),
+      **measured,
     )
     if step:
       self._stopping.see(evaluation)
     return evaluation
 
   def _arrived(self, totals):
-    """(Sum of staleness, arrivals) of the chunk; sums that wrap come right."""
-    now = (totals.staleness, totals.arrivals)
-    arrived = [
-      np.subtract(new, old, dtype=np.int32).astype(float)
-      for new, old in zip(now, self._seen, strict=True)
-    ]
-    self._seen = now
-    self._recent = [s + a for s, a in zip(self._recent, arrived, strict=True)]
+    """(Sum of staleness, arrivals) of the chunk, for every seed."""
+    record = totals.cluster.record
+    now = np.array([diagnostics.total_staleness(record), record.count], float)
+    arrived, self._seen = now - self._seen, now
+    self._recent = self._recent + arrived
     return arrived
 
   def _diverged(self, bad, totals, losses=None, step=None):
@@ -255,7 +276,19 @@ class _Reports:
 
 
 def _ratio(total, number):
-  return total / number if np.all(number) else np.nan
+  return total / np.where(number, number, np.nan)
+
+
+def _arrivals(cluster):
+  shares = np.zeros([0])
+  if cluster.applied is not None:
+    shares = np.sort(worker_shares(cluster.applied), axis=1)
+    shares = shares.mean(axis=0) * shares.shape[1]
+  record = cluster.record
+  total = diagnostics.total_staleness(record)
+  return events.Arrivals(
+    _ratio(total, record.count), record.histogram.sum(axis=0), shares
+  )
 
 
 class _Stopping:
@@ -303,6 +336,7 @@ class _Stopping:
 def _rows(config, method, datasets, first_call, length, filling):
   """Batches by call, verification samples by update; padded to one length."""
   examples = len(datasets[0].train.labels)
+  batch_size = transformation.batch_size(config, method)
 
   def stack(rows_of, size, offset):
     rows = np.zeros([config.seeds, _padded(config), size], np.int32)
@@ -315,9 +349,9 @@ def _rows(config, method, datasets, first_call, length, filling):
 
   batch = stack(
     lambda examples, seed, step: data.batch_rows(
-      examples, config.batch_size, seed, step
+      examples, batch_size, seed, step
     ),
-    config.batch_size,
+    batch_size,
     0,
   )
   verification = None
@@ -331,7 +365,7 @@ def _programs(config, method, model, datasets):
   """Compiled `init`, `advance` and `measure`, over all seeds."""
   loss_fn = models.cross_entropy(model)
   accuracy_fn = models.accuracy(model)
-  batch_like = transformation.batch_like_of(config, datasets[0])
+  batch_like = transformation.batch_like_of(config, method, datasets[0])
   filling = transformation.filling_calls(config, method)
 
   def transformation_of(seed):
@@ -360,7 +394,7 @@ def _programs(config, method, model, datasets):
       extra['verification'] = jax.tree.map(
         lambda x: x[rows.verification], train
       )
-    # A selection's seed is in the state, so here any seed will do.
+    # What a seed decides is in the state, so here any seed will do.
     updates, opt_state = transformation_of(0).update(
       grads,
       opt_state,
@@ -392,9 +426,7 @@ def _programs(config, method, model, datasets):
       loss=loss,
       bad_call=carry.bad_call,
       bad_loss=carry.bad_loss,
-      staleness=optax.tree.get(state, 'staleness', filtering=_is_record),
-      arrivals=optax.tree.get(state, 'arrivals', filtering=_is_record),
-      replays=_replays(state),
+      cluster=_counted(state),
     )
     # Copies, to be measured while the next chunk overwrites the carry.
     return carry, totals, optimizers.evaluation_params(carry.params, state)
@@ -429,10 +461,28 @@ def _programs(config, method, model, datasets):
   )
 
 
-def _is_record(path, value):
-  """Whether a leaf is one of `RecordedState` itself."""
-  del value
-  return 'RecordedState' in str(path[-1])
+def _counted(state):
+  """What is counted in a state, small enough for the host."""
+  clocks, replays, records, applied = (
+    _protocol.announced(state, kind)
+    for kind in (
+      _protocol.Clock,
+      _protocol.Replays,
+      diagnostics.StalenessRecord,
+      _protocol.Applied,
+    )
+  )
+  zero = jnp.zeros([], jnp.int32)
+  counts = (getattr(state, name, None) for name in ('overwritten', 'lost'))
+  overwritten, lost = (zero if n is None else n for n in counts)
+  return _Cluster(
+    clock=(clocks, replays),
+    record=records[0]._replace(inner_state=None),
+    applied=applied[0] if applied else None,
+    overwritten=overwritten,
+    lost=lost,
+    replays=_replays(state),
+  )
 
 
 def _replays(opt_state):

@@ -73,6 +73,14 @@ def test_never(units):
     assert clock.at_most(one, time) and not clock.at_most(time, one)
 
 
+@pytest.mark.parametrize('number', [1, 2, 3, 10, 64, 4097])
+def test_fractions(number):
+  fractions = clock.fractions(number)
+  expected = [round((i + 1) / number * TICKS) for i in range(number)]
+  ticks = np.asarray(fractions.whole, np.int64) * TICKS + fractions.ticks
+  assert ticks.tolist() == expected
+
+
 def test_negative_durations_are_none():
   assert as_ticks(clock.of(-1.0)) == as_ticks(clock.of(jnp.float32(-1))) == 0
 

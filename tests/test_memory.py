@@ -159,6 +159,7 @@ def test_names_follow_the_state():
     'version',
     'worker',
     'read_at',
+    'applied.by_worker',
     'clock.time.whole',
     'clock.time.ticks',
     'clock.workers',

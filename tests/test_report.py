@@ -24,8 +24,11 @@ def histories_of(accuracies, **fields):
     spent = 1234 + step - step[-1]
     measured['gradient_evaluations'] = spent[:, None] + 0 * accuracy
     measured.update({k: np.array(v) for k, v in fields.items()})
+    arrivals = events.Arrivals(
+      np.full(accuracy.shape[1], 1.5), np.array([2, 4, 0]), np.array([0.5, 1.5])
+    )
     out[method.name] = events.History(
-      method, 'completed', None, step, step / 5, **measured
+      method, 'completed', None, step, step / 5, arrivals, **measured
     )
   return out
 
@@ -85,7 +88,7 @@ def test_methods_that_did_not_end_are_not_compared():
   table = report.table(histories)
   assert 'less' not in table.splitlines()[0]
   (row,) = [r for r in table.splitlines() if r.startswith('asynchronous  ')]
-  assert row.split()[1:] == ['-', '-', '10', '1,234', 'diverged']
+  assert row.split()[1:] == ['-', '-', '10', '1,234', '0.5', 'diverged']
   said = report.sentences(config_of(*FOUR), histories)
   assert said[0] == 'asynchronous diverged: ....'
   assert len(said) == 2 and said[1].startswith('Guided less random')
@@ -170,7 +173,35 @@ def test_a_picture_of_whatever_there_is(tmp_path, seeds):
     **{f: getattr(empty, f)[:0] for f in ('step', *events.MEASURED)},
   )
   path = tmp_path / 'curves.png'
-  with np.errstate(invalid='ignore'):
-    config = config_of(*histories, seeds=seeds, learning_rate=None)
-    report.draw(path, config, histories)
-  assert path.read_bytes().startswith(b'\x89PNG')
+  config = config_of(*histories, seeds=seeds, learning_rate=None)
+  for draw in (report.draw, report.draw_staleness):
+    with np.errstate(invalid='ignore'):
+      draw(path, config, histories)
+    assert path.read_bytes().startswith(b'\x89PNG')
+    path.unlink()
+
+
+def test_methods_with_equal_arrivals_share_a_line():
+  histories = histories_of(FOUR)
+  alone = histories['sequential']
+  alone = alone._replace(arrivals=alone.arrivals._replace(shares=np.ones(1)))
+  assert not report.has_workers(alone)
+  histories['sequential'] = alone
+  random = histories['asynchronous+random']
+  other = random.arrivals._replace(histogram=np.array([1, 2, 3]))
+  histories['asynchronous+random'] = random._replace(arrivals=other)
+  lines = report._arrivals(histories)
+  assert [style['label'] for _, style in lines] == [
+    'asynchronous\nasynchronous, guided',
+    'asynchronous, random replays',
+  ]
+
+
+def test_the_cluster_is_in_the_title():
+  config = config_of('asynchronous', workers=64)
+  assert '64 workers, batch' in report._title(config)
+  config.update(arrivals='gamma', machine_cv=0.6, straggler=9.0, fails_at=3.0)
+  assert (
+    '64 workers (gamma, machines vary by 0.6, one 9 times as slow, one fails '
+    'at 3)' in report._title(config)
+  )

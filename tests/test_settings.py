@@ -10,12 +10,14 @@ from gsgd_jax import settings
 
 NAN = math.nan
 TEXTS = ['dataset', 'preprocessing', 'model', 'combine', 'optimizer']
-TEXTS += ['schedule']
+TEXTS += ['schedule', 'arrivals', 'replay_model']
 OPTIONAL_TEXTS = ['target', 'parallel', 'guidance', 'compilation_cache']
+OPTIONAL_TEXTS += ['trace']
 CHOICES = {
   'model': 'mlp, softmax_regression',
   'preprocessing': 'author, standard',
   'combine': 'mean, sequential',
+  'replay_model': 'parallel, serial, shared',
 }
 TRUTHS = ['verification', 'average_scores', 'stored_gradients']
 TRUTHS += ['tensorboard', 'profile']
@@ -29,9 +31,14 @@ LEAST = dict(
   delay=0,
   warmup=0,
 )
-OPTIONAL_LEAST = dict(patience=1, replays=0, revisit=0)
-SHARES = ['train_share', 'validation_share', 'label_noise']
-SEQUENCES = ['hidden', 'methods']
+OPTIONAL_LEAST = dict(
+  patience=1, replays=0, revisit=0, wait_for=1, split_batch_size=1, max_ahead=0
+)
+SHARES = ['train_share', 'validation_share', 'label_noise', 'spread']
+NUMBERS = ['cv', 'machine_cv', 'sync_cost']
+OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
+OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at']
+SEQUENCES = ['hidden', 'methods', 'speeds']
 DICTS = ['optimizer_kwargs', 'schedule_kwargs']
 ALL = list(settings.default_config())
 
@@ -70,7 +77,7 @@ def test_the_default_config_is_open():
 
 def test_these_tests_know_every_setting():
   known = [*TEXTS, *OPTIONAL_TEXTS, *TRUTHS, *LEAST, *OPTIONAL_LEAST]
-  known += [*SHARES, 'learning_rate', *SEQUENCES, *DICTS]
+  known += [*SHARES, *NUMBERS, *OPTIONAL_NUMBERS, *SEQUENCES, *DICTS]
   assert sorted(known) == sorted(ALL)
 
 
@@ -101,14 +108,13 @@ for name in SHARES:
   WRONG += [(name, value, 'a number') for value in values]
   values = [-0.1, 1.1, 2, NAN, math.inf, -math.inf, np.float64(-0.1)]
   WRONG += [(name, value, 'from 0 to 1') for value in values]
-WRONG += [
-  ('learning_rate', value, 'a number or None')
-  for value in ['0.5', False, (0.5,), 0.5j]
-]
-WRONG += [
-  ('learning_rate', value, 'finite and not negative or None')
-  for value in [-0.1, -1, NAN, math.inf, -math.inf, np.float32(-1)]
-]
+for name in [*NUMBERS, *OPTIONAL_NUMBERS]:
+  more = ' or None' if name in OPTIONAL_NUMBERS else ''
+  values = ['0.5', False, (0.5,), 0.5j]
+  values += [] if more else [None]
+  WRONG += [(name, value, 'a number' + more) for value in values]
+  values = [-0.1, -1, NAN, math.inf, -math.inf, np.float32(-1)]
+  WRONG += [(name, value, f'finite and not negative{more}') for value in values]
 for name in SEQUENCES:
   values = [None, 64, 'sequential', NAN]
   WRONG += [(name, value, 'a tuple') for value in values]
@@ -159,7 +165,7 @@ RIGHT += [(name, np.int64(7)) for name in {**LEAST, **OPTIONAL_LEAST}]
 RIGHT += [
   (name, 2**31 - 1)
   for name in {**LEAST, **OPTIONAL_LEAST}
-  if name not in ('replays', 'warmup')
+  if name not in ('replays', 'warmup', 'wait_for')
 ]
 RIGHT += [(name, None) for name in [*OPTIONAL_LEAST, *OPTIONAL_TEXTS]]
 RIGHT += [(name, value) for name in TRUTHS for value in (True, False)]

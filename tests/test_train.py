@@ -29,6 +29,7 @@ FILES = {
   'timing.jsonl',
   'result.json',
   'curves.png',
+  'staleness.png',
 }
 
 
