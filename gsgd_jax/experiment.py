@@ -62,10 +62,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
   for method in named:
-    _check_trace(config, method)
     batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
     _check_memory(config, method, jax.eval_shape(tx.init, params), params)
+    _check_trace(config, method)
 
 
 def _check_guidance(config, method):

@@ -450,7 +450,7 @@ def _programs(config, method, model, datasets):
     lambda r: r[0], _rows(config, method, datasets, 0, 1, filling)
   )
   params = jax.eval_shape(model.init, jax.random.key(0))
-  axes = _batched_axes(both, np.int32(0), params, one, rows)
+  axes = batched_axes(both, np.int32(0), params, one, rows)
   return (
     jax.jit(jax.vmap(init_one, out_axes=axes)),
     jax.jit(
@@ -498,7 +498,7 @@ def _replays(opt_state):
   return spent - arrivals
 
 
-def _batched_axes(fn: Callable, *args: Any) -> Any:
+def batched_axes(fn: Callable, *args: Any) -> Any:
   """For each leaf of `fn(*args)`: 0 if it differs between seeds, else None.
 
   Under `vmap` counters that are the same for every seed must stay unbatched:

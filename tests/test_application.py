@@ -21,6 +21,9 @@ def happened(config):
   """Events of a first method, and of a second up to its first evaluation."""
   first, second = events.methods(config)
   measured = {f: np.array([0.5, 0.25]) for f in events.MEASURED}
+  measured['arrivals'] = events.Arrivals(
+    np.zeros(2), np.array([3, 1]), np.array([0.5, 1.5])
+  )
   yield events.Started(first)
   for step in (0, 10):
     spent = dict(gradient_evaluations=np.array([step, step]))
@@ -104,6 +107,9 @@ def watched(stream):
   watch = application.Watch(config_of(updates=100), stream)
   first, second = events.methods(config_of())
   measured = {f: np.array([0.5, 0.25]) for f in events.MEASURED}
+  measured['arrivals'] = events.Arrivals(
+    np.zeros(2), np.array([3, 1]), np.array([0.5, 1.5])
+  )
   for event, when in (
     (events.Started(first), 0.0),
     (events.Evaluation(first, 0, 0.0, **measured), 1.0),

@@ -77,8 +77,8 @@ def test_never(units):
 def test_fractions(number):
   fractions = clock.fractions(number)
   expected = [round((i + 1) / number * TICKS) for i in range(number)]
-  ticks = np.asarray(fractions.whole, np.int64) * TICKS + fractions.ticks
-  assert ticks.tolist() == expected
+  whole, ticks = (np.asarray(x, np.int64) for x in fractions)
+  assert (whole * TICKS + ticks).tolist() == expected
 
 
 def test_negative_durations_are_none():

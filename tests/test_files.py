@@ -91,6 +91,9 @@ def test_fresh_folders_never_collide(tmp_path):
 def test_the_log_keeps_the_clock_apart(tmp_path):
   method, other = events.methods(settings.default_config())[:2]
   measured = {f: np.array([0.25, np.nan]) for f in events.MEASURED}
+  measured['arrivals'] = events.Arrivals(
+    np.zeros(2), np.array([3, 0, 1, 0]), np.arange(101) / 50
+  )
   log = files.Log(
     tmp_path, ml_collections.ConfigDict({'seeds': 2}), began=100.0
   )
@@ -111,6 +114,9 @@ def test_the_log_keeps_the_clock_apart(tmp_path):
     ('asynchronous', 0, 0.0),
   ]
   assert metrics[1]['test_loss'] == [0.25, None]
+  assert metrics[1]['staleness_histogram'] == [3, 0, 1]
+  shares = metrics[1]['worker_shares']
+  assert len(shares) == 64 and (shares[0], shares[-1]) == (0, 2)
   assert timing == [
     dict(method='sequential', step=0, seconds=2.0, updates_per_second=None),
     dict(method='sequential', step=40, seconds=4.0, updates_per_second=20.0),

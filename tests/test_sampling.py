@@ -1,0 +1,85 @@
+"""Random durations: the right distributions, in exact arithmetic."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gsgd_jax import _sampling, clock
+
+uint32 = st.integers(0, 2**32 - 1)
+
+
+def gamma(cv):
+  return scipy.stats.gamma(1 / cv**2, scale=cv**2)
+
+
+DISTRIBUTIONS = {
+  **{
+    f'gamma {cv}': (_sampling.gamma_quantile(cv), gamma(cv))
+    for cv in (1e-3, 0.1, 0.6, 1.0, 1.5)
+  },
+  'exponential': (_sampling.exponential_quantile, scipy.stats.expon()),
+  'uniform': (lambda p: 0.5 + p, scipy.stats.uniform(0.5, 1)),
+}
+
+
+@pytest.mark.parametrize('name', DISTRIBUTIONS)
+def test_quantiles(name):
+  quantile, expected = DISTRIBUTIONS[name]
+  p = np.array([1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 1 - 2**-22])
+  np.testing.assert_allclose(quantile(p), expected.ppf(p), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', DISTRIBUTIONS)
+def test_draws(name):
+  """Kolmogorov and Smirnov's test, and the first moments."""
+  quantile, expected = DISTRIBUTIONS[name]
+  table = _sampling.table(quantile)
+  keys = jax.random.split(jax.random.PRNGKey(1), 100_000)
+  draw = jax.jit(jax.vmap(lambda key: _sampling.draw(table, key)))
+  drawn = np.asarray(draw(keys), np.float64) / 2**table.bits
+  assert scipy.stats.kstest(drawn, expected.cdf).pvalue > 1e-3
+  errors = expected.std() / len(drawn) ** 0.5
+  assert abs(drawn.mean() - 1) < 4 * errors
+  np.testing.assert_allclose(drawn.std(), expected.std(), rtol=0.03)
+
+
+@given(a=uint32, b=uint32)
+def test_products_are_those_of_integers(a, b):
+  high, low = _sampling._product(jnp.uint32(a), jnp.uint32(b))
+  assert int(high) * 2**32 + int(low) == a * b
+
+
+@given(
+  a=st.integers(0, 2**31 - 1),
+  b=st.integers(0, 2**31 - 1),
+  bits=st.integers(16, 30),
+  more=st.integers(16, 30),
+)
+def test_times_are_exact_to_the_tick_below(a, b, bits, more):
+  def ticks(time):
+    return int(time.whole) * clock.TICKS + int(time.ticks)
+
+  a32, b32 = jnp.uint32(a), jnp.uint32(b)
+  alone = ticks(_sampling.as_time(a32, bits))
+  assert alone == math.floor(a * 2**30 / 2**bits)
+  both = ticks(_sampling.product(a32, bits, b32, more))
+  assert both == (a * b * 2**30) >> (bits + more)
+
+
+def test_the_same_bits_alone_and_together():
+  table = _sampling.table(_sampling.gamma_quantile(0.6))
+  draw = lambda key: _sampling.product(
+    _sampling.draw(table, key), table.bits, jnp.uint32(12345678), 27
+  )
+  keys = jax.random.split(jax.random.PRNGKey(0), 200)
+  together = jax.jit(jax.vmap(draw))(keys)
+  alone = [jax.jit(draw)(key) for key in keys]
+  np.testing.assert_array_equal(together.whole, [t.whole for t in alone])
+  np.testing.assert_array_equal(together.ticks, [t.ticks for t in alone])
