@@ -18,7 +18,7 @@ _LEVEL = 0.95
 _FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
 _COLOURS = ('#000000', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
-_DASHES = ('-', '-', '-', '--', '-.', ':')
+_DASHES = ('-', '--', '-', '--', '-.', ':')
 
 
 _GUIDING = {
@@ -167,7 +167,7 @@ def _baseline(histories):
       name
       for name, history in histories.items()
       if history.method.select is None
-      and history.method.parallel != 'sequential'
+      and history.method.parallel not in ('sequential', 'data_parallel')
       and _comparable(history)
     ),
     None,
@@ -206,8 +206,12 @@ def sentences(
     'asynchronous': f'The delay of {config.workers} workers changes',
     'delayed': f'A delay of {config.delay} updates changes',
     'synchronous': f'{rounds} change',
-    'data_parallel': f'Splitting batches over {config.workers} workers changes',
   }
+  if config.split_batch_size is not None:
+    costs['data_parallel'] = (
+      f'Batches of {config.split_batch_size}, split over {config.workers} '
+      'workers, change'
+    )
   for parallel in events.PARALLEL:
     if parallel in costs:
       text = f'{costs[parallel]} test accuracy by {{}} points'
@@ -358,7 +362,7 @@ def draw_staleness(
   for arrivals, style in _arrivals(histories):
     counts = np.trim_zeros(arrivals.histogram, 'b')
     most = max(most, len(counts))
-    edges = np.arange(len(counts) + 1) * width
+    edges = np.arange(len(counts) + 1) * width - 0.5
     share = 100 * counts / counts.sum()
     left.stairs(share, edges, fill=True, color=style['color'], alpha=0.12)
     left.stairs(share, edges, **style)
@@ -368,7 +372,7 @@ def draw_staleness(
   if most == transformation.BINS:
     left.set(xlabel='staleness, updates (the last bin: all above)')
   left.set_ylim(bottom=0)
-  right.set_ylim(bottom=0)
+  right.set_ylim(0, max(2, right.get_ylim()[1]))
   right.legend(loc='upper left', frameon=False)
   seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
   _save(figure, axes, f'{_setting(config)}: {seeds}', path)

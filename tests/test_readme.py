@@ -4,10 +4,16 @@ import contextlib
 import io
 import pathlib
 import re
+import tempfile
 
 import jax
 
-README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+import gsgd_jax
+from gsgd_jax import settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
 
 
 def test_the_example_runs_as_printed():
@@ -21,6 +27,28 @@ def test_the_example_runs_as_printed():
     exec(compile(code, 'README.md', 'exec'), {})
   loss = float(re.match(r'loss (\S+), last replayed', printed.getvalue())[1])
   assert loss < 0.1  # From 5.25.
+
+
+def test_the_guide_to_clusters_runs(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  blocks = re.findall(r'```python\n(.*?)```', CLUSTERS, flags=re.DOTALL)
+  printed = io.StringIO()
+  with (
+    jax.enable_x64(False),
+    jax.numpy_dtype_promotion('standard'),
+    contextlib.redirect_stdout(printed),
+  ):
+    exec(compile('\n'.join(blocks), 'clusters.md', 'exec'), {})
+  lines = printed.getvalue().splitlines()
+  assert len(lines) == 3 and lines[0].startswith('staleness 6.')
+
+
+def test_the_guide_knows_every_process_and_flag():
+  for name in gsgd_jax.__all__:
+    if 'arrivals' in name or name in ('straggler', 'failing', 'fixed_speeds'):
+      assert f'`{name}(' in CLUSTERS
+  for name in settings.ARRIVALS:
+    assert f'arrivals={name}' in CLUSTERS
 
 
 def test_two_commands_each_with_its_own_environment():
