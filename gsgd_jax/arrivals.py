@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gsgd_jax import _protocol, _sampling, clock
@@ -249,8 +250,9 @@ def _random(table, machine_cv):
     machine_key, task_key = jax.random.split(key)
     mean = None
     if means is not None:
-      keys = jax.random.split(machine_key, workers)
-      mean = jax.vmap(lambda key: _sampling.draw(means, key))(keys)
+      counters = jnp.arange(workers, dtype=jnp.int32)
+      counters = (counters, jnp.zeros_like(counters))
+      mean = _sampling.draw(means, machine_key, counters)
     return Machines(mean, task_key)
 
   def duration(machines, worker, task, now):
@@ -258,8 +260,7 @@ def _random(table, machine_cv):
     mean = None if means is None else machines.mean[worker]
     if table is None:
       return _UNIT if mean is None else _sampling.as_time(mean, means.bits)
-    key = jax.random.fold_in(machines.key, worker)
-    number = _sampling.draw(table, jax.random.fold_in(key, task))
+    number = _sampling.draw(table, machines.key, (worker, task))
     if mean is None:
       return _sampling.as_time(number, table.bits)
     return _sampling.product(number, table.bits, mean, means.bits)

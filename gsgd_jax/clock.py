@@ -244,12 +244,8 @@ def where(condition: jax.Array, time: Time, other: Time) -> Time:
 
 def first(times: Time) -> jax.Array:
   """The index of the earliest; of equal ones the first. int32."""
-  # Three minima, which vectorise better than an argmin.
-  earliest = times.whole == jnp.min(times.whole)
-  ticks = jnp.where(earliest, times.ticks, TICKS)
-  number = len(times.whole)
-  indices = lax.iota(jnp.int32, number)
-  return jnp.min(jnp.where(ticks == jnp.min(ticks), indices, number))
+  ticks = jnp.where(times.whole == jnp.min(times.whole), times.ticks, TICKS)
+  return jnp.argmin(ticks).astype(jnp.int32)
 
 
 def latest(times: Time) -> Time:

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from gsgd_jax import _sampling, clock
 
 uint32 = st.integers(0, 2**32 - 1)
+KEY = np.array([1, 2], np.uint32)
 
 
 def gamma(cv):
@@ -41,9 +43,10 @@ def test_draws(name):
   """Kolmogorov and Smirnov's test, and the first moments."""
   quantile, expected = DISTRIBUTIONS[name]
   table = _sampling.table(quantile)
-  keys = jax.random.split(jax.random.PRNGKey(1), 100_000)
-  draw = jax.jit(jax.vmap(lambda key: _sampling.draw(table, key)))
-  drawn = np.asarray(draw(keys), np.float64) / 2**table.bits
+  counters = np.arange(100_000, dtype=np.int32)
+  draw = jax.jit(lambda *counters: _sampling.draw(table, KEY, counters))
+  drawn = np.asarray(draw(counters // 100, counters % 100), np.float64)
+  drawn /= 2**table.bits
   assert scipy.stats.kstest(drawn, expected.cdf).pvalue > 1e-3
   errors = expected.std() / len(drawn) ** 0.5
   assert abs(drawn.mean() - 1) < 4 * errors
@@ -75,11 +78,26 @@ def test_times_are_exact_to_the_tick_below(a, b, bits, more):
 
 def test_the_same_bits_alone_and_together():
   table = _sampling.table(_sampling.gamma_quantile(0.6))
-  draw = lambda key: _sampling.product(
-    _sampling.draw(table, key), table.bits, jnp.uint32(12345678), 27
+  draw = lambda first, second: _sampling.product(
+    _sampling.draw(table, KEY, (first, second)),
+    table.bits,
+    jnp.uint32(12345678),
+    27,
   )
-  keys = jax.random.split(jax.random.PRNGKey(0), 200)
-  together = jax.jit(jax.vmap(draw))(keys)
-  alone = [jax.jit(draw)(key) for key in keys]
+  counters = np.arange(200, dtype=np.int32)
+  together = jax.jit(jax.vmap(draw))(counters, counters[::-1])
+  pairs = zip(counters, counters[::-1], strict=True)
+  alone = [jax.jit(draw)(*pair) for pair in pairs]
   np.testing.assert_array_equal(together.whole, [t.whole for t in alone])
   np.testing.assert_array_equal(together.ticks, [t.ticks for t in alone])
+
+
+@given(key=st.tuples(uint32, uint32), counters=st.tuples(uint32, uint32))
+def test_threefry_is_jaxs(key, counters):
+  expected = jax.extend.random.threefry_2x32(
+    jnp.array(key, jnp.uint32), jnp.array(counters, jnp.uint32)
+  )
+  ours = _sampling.threefry(
+    jnp.array(key, jnp.uint32), *map(jnp.uint32, counters)
+  )
+  assert list(map(int, ours)) == expected.tolist()
