@@ -4,6 +4,7 @@ from gsgd_jax._protocol import worker_params
 from gsgd_jax._version import __version__ as __version__
 from gsgd_jax.arrivals import (
   ArrivalProcess,
+  Outage,
   exponential_arrivals,
   failing,
   fixed_speeds,
@@ -27,6 +28,7 @@ from gsgd_jax.traces import Trace, read_trace, recorded_arrivals
 
 __all__ = [
   'ArrivalProcess',
+  'Outage',
   'StalenessSummary',
   'Time',
   'Trace',

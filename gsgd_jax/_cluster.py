@@ -6,6 +6,7 @@ are written, so that a step costs the same for any number of workers but for
 that argmin.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ def begin(
     process.init(workers, jax.random.PRNGKey(seed)),
     clock.never((workers,)),
     jnp.zeros([workers], jnp.int32),
-    None if process.lost is None else jnp.zeros([workers], bool),
+    jnp.zeros([workers], bool) if loses(process) else None,
   )
   if idle:
     return cluster
@@ -59,12 +60,28 @@ def begin(
   return cluster._replace(finish=finish, lost=lost)
 
 
+def loses(process: ArrivalProcess) -> bool:
+  """Whether a worker comes back with nothing."""
+  return any(outage.back < math.inf for outage in process.outages)
+
+
 def _task(process, cluster, worker, now):
   """When a worker's next task ends, and whether it is lost."""
   task = _ring.read(cluster.tasks, worker)
-  about = (cluster.machines, worker, task, now)
-  finish = clock.add(now, clock.of(process.duration(*about)))
-  return finish, None if process.lost is None else process.lost(*about)
+  time = clock.of(process.duration(cluster.machines, worker, task, now))
+  finish, lost = clock.add(now, time), jnp.zeros([], bool)
+  for outage in reversed(process.outages):  # The first one decides.
+    away = _away(outage, worker, now, time)
+    finish = clock.where(away, clock.of(outage.back), finish)
+    lost |= away
+  return finish, lost if loses(process) else None
+
+
+def _away(outage, worker, now, time):
+  """Whether a task that begins now is interrupted, or cannot begin."""
+  back = clock.at_most(clock.of(outage.back), now)
+  done = clock.at_most(clock.add(now, time), clock.of(outage.at))
+  return (worker == outage.worker) & ~back & ~done
 
 
 def next_arrival(cluster: Cluster) -> tuple[jax.Array, Time]:
@@ -126,7 +143,7 @@ def stopped(cluster: Cluster, worker: jax.Array) -> Cluster:
   return cluster._replace(finish=idle)
 
 
-def round_times(
+def round_ends(
   process: ArrivalProcess,
   machines: Any,
   workers: int,
@@ -134,25 +151,18 @@ def round_times(
   now: Time,
   share: float = 1.0,
 ) -> Time:
-  """How long each worker takes for a share of a task, in a round from now on.
+  """When each worker is done with a share of a task, in a round from now on.
 
-  What is lost is taken again.
+  What an outage interrupts is begun again after it.
   """
 
   def one(worker):
-    about = (machines, worker, number + 1)
-
-    def taken(now):
-      return clock.of(process.duration(*about, now))
-
-    def of_share(time):
-      return time if share == 1 else clock.scale(time, share)
-
-    time = taken(now)
-    if process.lost is None:
-      return of_share(time)
-    lost = process.lost(*about, now)
-    again = clock.add(time, of_share(taken(clock.add(now, time))))
-    return clock.where(lost, again, of_share(time))
+    time = clock.of(process.duration(machines, worker, number + 1, now))
+    time = time if share == 1 else clock.scale(time, share)
+    begins = now
+    for outage in process.outages:
+      away = _away(outage, worker, begins, time)
+      begins = clock.where(away, clock.of(outage.back), begins)
+    return clock.add(begins, time)
 
   return jax.vmap(one)(jnp.arange(workers, dtype=jnp.int32))

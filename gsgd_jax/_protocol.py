@@ -154,6 +154,12 @@ def positive_int(name: str, given: Any, minimum: int = 1) -> int:
   return result
 
 
+def in_a_line(value: Any) -> str:
+  """A value in an error's single line, not too long."""
+  shown = ' '.join(repr(value).split())
+  return shown if len(shown) <= 60 else shown[:57] + '...'
+
+
 def real(name: str, given: Any) -> float:
   """Checks a number that is known in Python: finite, and not negative."""
   try:

@@ -6,8 +6,8 @@ tasks, then changes who arrives first. So a duration is drawn through the
 inverse of its distribution function, tabulated when the process is made, and
 interpolated in unsigned 32-bit integers.
 
-The table has `_BINS` equally likely bins, the last one split into as many
-again, so that it ends where 2^-22 of the probability is left.
+The table has `_BINS` equally likely bins, the first and the last one split into
+as many again, so that it ends where some 2^-23 of the probability is left.
 """
 
 import math
@@ -27,16 +27,16 @@ _BINS = 2**_LOG_BINS
 class Table(NamedTuple):
   """A distribution of positive numbers, by its quantiles."""
 
-  knots: np.ndarray  # shape=(2 * _BINS,), uint32: quantiles times 2^bits.
+  knots: np.ndarray  # shape=(3 * _BINS - 1,), uint32: quantiles times 2^bits.
   bits: int
 
 
 def table(quantile: Callable[[np.ndarray], np.ndarray]) -> Table:
   """Tabulates a vectorised quantile function, whose values are below 2^30."""
-  central = np.arange(_BINS) / _BINS
-  # The tail's own end, where a quantile may be infinite, is a bin's middle.
-  tail = np.append(np.arange(1, _BINS), _BINS - 0.5) / _BINS
-  values = quantile(np.concatenate([central, central[-1] + tail / _BINS]))
+  # At the very ends, where a quantile may be infinite, half a bin is left out.
+  tail = np.append(0.5, np.arange(1, _BINS)) / _BINS**2
+  p = np.concatenate([tail, np.arange(1, _BINS) / _BINS, 1 - tail[::-1]])
+  values = quantile(p)
   bits = 31 - max(1, math.ceil(math.log2(values[-1] + 1e-9)))
   return Table(np.round(values * 2.0**bits).astype(np.uint32), bits)
 
@@ -54,7 +54,9 @@ def draw(
   first, fraction = threefry(key, *counters)
   bin_ = first >> (32 - _LOG_BINS)
   in_tail = (first >> (32 - 2 * _LOG_BINS)) & (_BINS - 1)
-  bin_ = jnp.where(bin_ == _BINS - 1, bin_ + in_tail, bin_)
+  inside = (bin_ > 0) & (bin_ < _BINS - 1)
+  bin_ = jnp.where(bin_ > 0, bin_ + _BINS - 1, 0)
+  bin_ = jnp.where(inside, bin_, bin_ + in_tail)
   knots = jnp.asarray(table.knots)
   low = knots[bin_]
   more, _ = _product(knots[bin_ + 1] - low, fraction)

@@ -13,6 +13,7 @@ Processes: `round_robin`, `fixed_speeds`, `gamma_arrivals`, `uniform_arrivals`,
 `failing` change one worker of any of them.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,25 @@ import numpy as np
 
 from gsgd_jax import _protocol, _sampling, clock
 from gsgd_jax.clock import Time
+
+
+class Outage(NamedTuple):
+  """A worker is away; what it is computing when it leaves is lost.
+
+  Attributes:
+    worker: Which one, an int from 0.
+    at: From when, in mean gradient computations since the start.
+    back: Until when; infinite if for good.
+
+  Examples:
+    >>> import gsgd_jax
+    >>> gsgd_jax.failing(gsgd_jax.round_robin(), at=3.0, worker=1).outages
+    (Outage(worker=1, at=3.0, back=inf),)
+  """
+
+  worker: int
+  at: float
+  back: float
 
 
 class ArrivalProcess(NamedTuple):
@@ -40,11 +60,8 @@ class ArrivalProcess(NamedTuple):
       or a :class:`Time` for exactness; infinite if it never ends. ``worker``
       and ``task`` are int32 scalars; a worker's tasks are numbered from 0 (in
       rounds of :func:`synchronous` from 1), ``now`` is a :class:`Time`.
-    lost: ``lost(machines, worker, task, now) -> bool``: whether nothing comes
-      of that task: it ends, but its gradient is not applied. None if every
-      gradient reaches the server.
     length: How many arrivals there are, if they end; None if they do not.
-    stopping: The workers that stop for good at some time, a frozenset of ints.
+    outages: When workers are away, a tuple of :class:`Outage`.
 
   Examples:
     Every other task of a worker takes three times as long:
@@ -60,9 +77,13 @@ class ArrivalProcess(NamedTuple):
 
   init: Callable[[int, jax.Array], Any]
   duration: Callable[[Any, jax.Array, jax.Array, Time], jax.Array | Time]
-  lost: Callable[[Any, jax.Array, jax.Array, Time], jax.Array] | None = None
   length: int | None = None
-  stopping: frozenset[int] = frozenset()
+  outages: tuple[Outage, ...] = ()
+
+  @property
+  def stopping(self) -> frozenset[int]:
+    """The workers that stop for good."""
+    return frozenset(o.worker for o in self.outages if o.back == math.inf)
 
 
 _UNIT = Time(np.int32(1), np.int32(0))
@@ -124,7 +145,9 @@ def fixed_speeds(speeds: Sequence[float]) -> ArrivalProcess:
   except (TypeError, ValueError):
     valid = False
   if not valid:
-    raise ValueError(f'speeds must be positive numbers, got {speeds!r}')
+    raise ValueError(
+      f'speeds must be positive numbers, got {_protocol.in_a_line(speeds)}'
+    )
 
   def init(workers, key):
     del key
@@ -338,9 +361,10 @@ def failing(
     An :class:`ArrivalProcess`.
 
   Raises:
-    ValueError: A time is not finite or negative, or ``back`` is not after
-      ``at``; ``worker`` is not an int from 0, or (when the transformation is
-      initialised) there is none of that number; ``arrivals`` are a trace.
+    ValueError: A time is not finite or negative, ``back`` is not after ``at``,
+      or the worker is away at that time already; ``worker`` is not an int from
+      0, or (when the transformation is initialised) there is none of that
+      number; ``arrivals`` are a trace.
 
   Examples:
     >>> import gsgd_jax, optax
@@ -350,41 +374,22 @@ def failing(
   """
   at = _protocol.real('at', at)
   worker = _protocol.positive_int('worker', worker, minimum=0)
-  if back is not None:
-    back = _protocol.real('back', back)
-    if back <= at:
-      raise ValueError(f'back must be after at={at:g}, got {back:g}')
+  if back is None:
+    back = math.inf
+  elif _protocol.real('back', back) <= at:
+    raise ValueError(f'back must be after at={at:g}, got {back:g}')
   _check_not_recorded('failing', arrivals)
-  fails, returns = (
-    clock.of_float64(np.float64(np.inf if time is None else time))
-    for time in (at, back)
-  )
-
-  def interrupted(this, now, time):
-    """Whether a task is under way, or would begin, while the worker is away."""
-    after = clock.at_most(returns, now)
-    done = clock.at_most(clock.add(now, time), fails)
-    return (this == worker) & ~(after | done)
-
-  def duration(machines, this, task, now):
-    time = clock.of(arrivals.duration(machines, this, task, now))
-    away = clock.subtract(returns, now)
-    return clock.where(interrupted(this, now, time), away, time)
-
-  def lost(machines, this, task, now):
-    time = clock.of(arrivals.duration(machines, this, task, now))
-    lost = interrupted(this, now, time)
-    if arrivals.lost is not None:
-      lost |= arrivals.lost(machines, this, task, now)
-    return lost
-
-  stopping = arrivals.stopping | ({worker} if back is None else set())
+  outage = Outage(worker, at, float(back))
+  for other in arrivals.outages:
+    apart = outage.back <= other.at or other.back <= outage.at
+    if other.worker == worker and not apart:
+      raise ValueError(
+        f'worker {worker} is away from {other.at:g} to {other.back:g} already, '
+        f'got at={at:g} and back={back:g}'
+      )
+  outages = sorted((*arrivals.outages, outage), key=lambda o: o.at)
   return arrivals._replace(
-    init=_with_worker(arrivals.init, worker),
-    duration=duration,
-    # What never arrives need not be told from what is lost.
-    lost=arrivals.lost if back is None else lost,
-    stopping=frozenset(stopping),
+    init=_with_worker(arrivals.init, worker), outages=tuple(outages)
   )
 
 

@@ -174,11 +174,11 @@ class _Rounds(NamedTuple):
 
     def decide(carry):
       *_, applied = carry
-      times = _cluster.round_times(
+      ends = _cluster.round_ends(
         self.arrivals, this.machines, self.workers, this.number, began
       )
-      order = clock.order(times)[: self.wait_for]
-      end = clock.add(began, clock.at(times, order[-1]))
+      order = clock.order(ends)[: self.wait_for]
+      end = clock.at(ends, order[-1])
       end = clock.add(end, clock.of(state.clock.sync_cost))
       return order, end, applied.at[order].add(1)
 
@@ -419,10 +419,11 @@ def data_parallel(
   if worker_batch_size is not None:
     unit_size = _protocol.positive_int('worker_batch_size', worker_batch_size)
   sharing = min(workers, size)
-  idle = frozenset(range(sharing, workers))
   _check_rounds(
     'data_parallel',
-    arrivals._replace(stopping=arrivals.stopping - idle),
+    arrivals._replace(
+      outages=tuple(o for o in arrivals.outages if o.worker < sharing)
+    ),
     sharing,
     sharing,
   )
@@ -448,7 +449,7 @@ def data_parallel(
       updates, state.inner_state, params, **extras
     )
     began = state.clock.time
-    times = _cluster.round_times(
+    ends = _cluster.round_ends(
       arrivals,
       state.machines,
       sharing,
@@ -456,8 +457,7 @@ def data_parallel(
       began,
       share=max(size / workers, 1) / unit_size,
     )
-    end = clock.add(began, clock.latest(times))
-    end = clock.add(end, clock.of(state.clock.sync_cost))
+    end = clock.add(clock.latest(ends), clock.of(state.clock.sync_cost))
     return new_updates, DataParallelState(
       count=optax.safe_increment(state.count),
       clock=state.clock._replace(time=end),

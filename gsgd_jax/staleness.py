@@ -296,7 +296,7 @@ class _Server(NamedTuple):
   def alone(self):
     """One worker of whom every gradient is applied needs no ring."""
     process = self.arrivals
-    every = process.length is None and process.lost is None
+    every = process.length is None and not process.outages
     return self.workers == 1 and every and self.overwrite_within is None
 
 
@@ -331,7 +331,7 @@ def _init(server, params):
     read_at=None if alone else jnp.zeros([workers], jnp.int32),
     applied=_protocol.Applied(jnp.zeros([workers], jnp.int32)),
     overwritten=None if server.overwrite_within is None else zero(),
-    lost=None if server.arrivals.lost is None else zero(),
+    lost=zero() if _cluster.loses(server.arrivals) else None,
     clock=_cluster.clock_of(workers, server.sync_cost),
     cluster=_cluster.begin(server.arrivals, workers, server.seed, idle=bounded),
     reading=jnp.ones([workers], bool) if bounded else None,

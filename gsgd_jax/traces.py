@@ -117,7 +117,13 @@ def _as_trace(workers, times):
   if isinstance(workers, Trace):
     if times is not None:
       raise ValueError('times belong to the trace, got both')
-    return workers
+    trace = _as_trace(workers.workers, workers.times)
+    if len(workers.entries) != len(trace.workers):
+      raise ValueError(
+        f'a trace must have a name for each arrival, got '
+        f'{len(workers.entries)} for {len(trace.workers)}'
+      )
+    return trace._replace(entries=workers.entries)
   try:
     workers = np.asarray(workers)
     times = None if times is None else np.asarray(times, np.float64)
@@ -128,7 +134,7 @@ def _as_trace(workers, times):
   if not valid:
     raise ValueError(
       'a trace must be a sequence of ints and one of numbers, got workers='
-      f'{workers!r} and times={times!r}'
+      f'{_protocol.in_a_line(workers)} and times={_protocol.in_a_line(times)}'
     )
   entries = [f'entry {i} of the trace' for i in range(len(workers))]
   return Trace(workers.astype(np.int64), times, entries)
@@ -258,25 +264,31 @@ def _lines(path):
       text = file.read()
   except UnicodeDecodeError:
     raise ValueError(f'{path} is not a text file in UTF-8') from None
-  lines = text.replace('\r\n', '\n').split('\n')
+  lines = text.replace('\r\n', '\n').replace('\r', '\n').split('\n')
   return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _cells(text):
-  return [cell.strip() for cell in next(csv.reader([text]))]
+  try:
+    return [cell.strip() for cell in next(csv.reader([text]))]
+  except csv.Error as e:
+    raise ValueError(f'not comma-separated values: {e}') from None
 
 
 def _header(path, lines):
   """The lines below the header, if there is one; columns of worker and time."""
   number, text = lines[0]
-  cells = _cells(text)
-  if not any(cell[:1].isalpha() for cell in cells):
+  if text.lstrip()[0] in '+-.0123456789':
     return lines, None
-  if 'worker' not in cells:
-    raise ValueError(
-      f'{path}, line {number}: a header must name a column worker, and time if '
-      f'it is known, got {text.strip()!r}'
-    )
+  try:
+    cells = _cells(text)
+    if 'worker' not in cells:
+      raise ValueError(
+        'a header must name a column worker, and time if it is known, got '
+        + _protocol.in_a_line(text.strip())
+      )
+  except ValueError as e:
+    raise ValueError(f'{path}, line {number}: {e}') from None
   time = cells.index('time') if 'time' in cells else None
   return lines[1:], (cells.index('worker'), time, len(cells))
 
@@ -292,11 +304,20 @@ def _csv_row(text, columns):
     columns = (0, 1 if len(cells) == 2 else None, len(cells))
   worker, time, width = columns
   if len(cells) != width:
-    raise ValueError(f'{width} comma-separated values expected, got {text!r}')
+    raise ValueError(
+      f'{width} comma-separated values expected, got '
+      f'{_protocol.in_a_line(text)}'
+    )
   return (
-    _number(int, 'worker', cells[worker]),
+    _worker(_number(int, 'worker', cells[worker])),
     None if time is None else _number(float, 'time', cells[time]),
   )
+
+
+def _worker(number):
+  if number >= 2**31:
+    raise ValueError(f'worker must be below 2^31, got {number}')
+  return number
 
 
 def _number(kind, name, given):
@@ -304,19 +325,29 @@ def _number(kind, name, given):
     return kind(given)
   except ValueError:
     what = 'an integer' if kind is int else 'a number'
-    raise ValueError(f'{name} must be {what}, got {given!r}') from None
+    shown = _protocol.in_a_line(given)
+    raise ValueError(f'{name} must be {what}, got {shown}') from None
 
 
 def _json_row(text):
   try:
     row = json.loads(text)
   except ValueError:
-    raise ValueError(f'a JSON object expected, got {text.strip()!r}') from None
+    raise ValueError(
+      f'a JSON object expected, got {_protocol.in_a_line(text.strip())}'
+    ) from None
   if not isinstance(row, dict) or 'worker' not in row:
-    raise ValueError(f'an object with a worker expected, got {text.strip()!r}')
+    raise ValueError(
+      f'an object with a worker expected, got '
+      f'{_protocol.in_a_line(text.strip())}'
+    )
   worker, time = row['worker'], row.get('time')
   if type(worker) is not int:
-    raise ValueError(f'worker must be an integer, got {worker!r}')
+    shown = _protocol.in_a_line(worker)
+    raise ValueError(f'worker must be an integer, got {shown}')
   if time is not None and type(time) not in (int, float):
-    raise ValueError(f'time must be a number, got {time!r}')
-  return worker, time
+    raise ValueError(f'time must be a number, got {_protocol.in_a_line(time)}')
+  try:
+    return _worker(worker), None if time is None else float(time)
+  except OverflowError:
+    raise ValueError('time must be finite, got an integer too large') from None
