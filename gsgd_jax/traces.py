@@ -45,7 +45,7 @@ class Recording(NamedTuple):
 
 
 def recorded_arrivals(
-  workers: Sequence[int] | np.ndarray | Trace,
+  workers: Sequence[int] | np.ndarray | Trace | str | os.PathLike,
   times: Sequence[float] | np.ndarray | None = None,
   *,
   unit: float | None = None,
@@ -54,10 +54,11 @@ def recorded_arrivals(
 
   The order is the trace's, whatever its times: of equal times the earlier
   entry comes first. After the last entry nobody arrives any more, and updates
-  are zero. Of a file, ``recorded_arrivals(read_trace('trace.csv'))``.
+  are zero.
 
   Args:
-    workers: Who arrived, worker by worker, ints from 0; or a :class:`Trace`.
+    workers: Who arrived, worker by worker, ints from 0; or a :class:`Trace`; or
+      a file that :func:`read_trace` can read.
     times: When, not decreasing, of at least 0; None for arrivals that are 1 / N
       apart. Time 0 is when all workers began.
     unit: How long a gradient takes on average, in the unit of ``times``. None
@@ -68,6 +69,7 @@ def recorded_arrivals(
     An :class:`ArrivalProcess` with a ``length``.
 
   Raises:
+    OSError: The file cannot be read.
     ValueError: The trace is empty, a worker is not an int from 0 or (when the
       transformation is initialised) there is none of that number, times run
       backwards, are negative or not finite, or not as many as the workers, or
@@ -114,6 +116,8 @@ def recorded_arrivals(
 
 
 def _as_trace(workers, times):
+  if isinstance(workers, str | os.PathLike):
+    workers = read_trace(workers)
   if isinstance(workers, Trace):
     if times is not None:
       raise ValueError('times belong to the trace, got both')

@@ -76,6 +76,18 @@ ALL_WRAPPERS = WRAPPERS | {
     tx, workers=3, keep_params=True, worker_transform=optax.trace(0.9)
   ),
   'mean': lambda tx: gsgd_jax.synchronous(tx, workers=3, combine='mean'),
+  'an uneven cluster': lambda tx: gsgd_jax.asynchronous(
+    gsgd_jax.record_staleness(tx),
+    workers=3,
+    arrivals=gsgd_jax.failing(
+      gsgd_jax.gamma_arrivals(machine_cv=0.6), at=2.0, back=3.0
+    ),
+    overwrite_within=0.01,
+    max_ahead=2,
+  ),
+  'data parallel': lambda tx: gsgd_jax.data_parallel(
+    tx, workers=3, batch_size=8, arrivals=gsgd_jax.gamma_arrivals()
+  ),
 }
 
 

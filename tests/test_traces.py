@@ -142,7 +142,7 @@ def test_after_the_last_arrival_nothing_happens(workers, times):
     optax.sgd(0.1, momentum=0.9),
     workers,
     arrivals=gsgd_jax.recorded_arrivals(order, times, unit=1.0),
-    overwrite_within=0.0,
+    overwrite_within=0.0 if workers > 1 else None,
   )
   params = jnp.ones([2])
   state = tx.init(params)
@@ -154,7 +154,7 @@ def test_after_the_last_arrival_nothing_happens(workers, times):
   for _ in range(4):
     updates, state = step(params, state, params)
     assert not updates.any()
-  for name in ('version', 'overwritten', 'clock', 'inner_state'):
+  for name in ('version', 'overwritten', 'applied', 'clock', 'inner_state'):
     jax.tree.map(
       np.testing.assert_array_equal,
       getattr(state, name),
@@ -197,7 +197,7 @@ def through_csv(rows, path):
 
 def through_headless_csv(rows, path):
   path.write_text(''.join(f'{worker},{time!r}\n' for worker, time in rows))
-  return (gsgd_jax.read_trace(str(path)),)
+  return (str(path),)  # recorded_arrivals reads it.
 
 
 def through_json_lines(rows, path):
