@@ -1,9 +1,8 @@
 """A cluster at work: whose gradient is under way until when.
 
-What the asynchronous emulations share. Finish times are kept exactly
-(`clock`), the next to arrive is an argmin over them, and only single entries
-are written, so that a step costs the same for any number of workers but for
-that argmin.
+What the emulations share. Finish times are kept exactly (`clock`), the next to
+arrive is an argmin over them, and only single entries are written, so that a
+step costs the same for any number of workers but for that argmin.
 """
 
 import math
@@ -24,6 +23,7 @@ class Cluster(NamedTuple):
   finish: Time  # shape=(workers,): when each one arrives; idle ones never do.
   tasks: jax.Array  # shape=(workers,), int32: how many each one has finished.
   lost: jax.Array | None  # shape=(workers,), bool: nothing comes of its task.
+  idle: jax.Array | None  # shape=(workers,), bool; None where nobody ever is.
 
 
 def clock_of(
@@ -44,13 +44,14 @@ def begin(
   """Everybody begins the first task, or is idle."""
   if len(process.stopping) >= workers:
     raise ValueError(
-      f'all {workers} workers stop for good: nothing would arrive any more'
+      'every worker stops for good: nothing would arrive any more'
     )
   cluster = Cluster(
     process.init(workers, jax.random.PRNGKey(seed)),
     clock.never((workers,)),
     jnp.zeros([workers], jnp.int32),
     jnp.zeros([workers], bool) if loses(process) else None,
+    jnp.ones([workers], bool) if idle else None,
   )
   if idle:
     return cluster
@@ -113,9 +114,11 @@ def started(
     finish = clock.where(active, finish, clock.at(cluster.finish, worker))
   if lost is not None and active is not True:
     lost = jnp.where(active, lost, _ring.read(cluster.lost, worker))
+  idle = None if cluster.idle is None else False
   return cluster._replace(
     finish=_ring.write(cluster.finish, worker, finish),
     lost=_ring.write(cluster.lost, worker, lost),
+    idle=_ring.write(cluster.idle, worker, idle),
   )
 
 
@@ -139,8 +142,25 @@ def _one_more(cluster, worker, more):
 def stopped(cluster: Cluster, worker: jax.Array) -> Cluster:
   """The worker has finished a task and is idle."""
   cluster = _one_more(cluster, worker, 1)
-  idle = _ring.write(cluster.finish, worker, clock.never())
-  return cluster._replace(finish=idle)
+  return cluster._replace(
+    finish=_ring.write(cluster.finish, worker, clock.never()),
+    idle=_ring.write(cluster.idle, worker, True),
+  )
+
+
+def all_started(
+  process: ArrivalProcess, cluster: Cluster, starting: jax.Array, now: Time
+) -> Cluster:
+  """All workers that are marked begin their next task."""
+  workers = jnp.arange(len(cluster.tasks), dtype=jnp.int32)
+  finish, lost = jax.vmap(lambda worker: _task(process, cluster, worker, now))(
+    workers
+  )
+  if lost is not None:
+    lost = jnp.where(starting, lost, cluster.lost)
+  return cluster._replace(
+    finish=clock.where(starting, finish, cluster.finish), lost=lost
+  )
 
 
 def round_ends(

@@ -56,10 +56,11 @@ class Applied(NamedTuple):
 
 
 class Replays(NamedTuple):
-  """Replays that cost time on the clock, so far; shape=(), dtype=int32."""
+  """Replays that cost time on the clock; int32, shape=() or as said."""
 
   serial: jax.Array  # Replays that the server took itself.
-  parallel: jax.Array  # Windows whose replays were taken at once.
+  # shape=(replays,): windows whose i + 1 replays were taken at once.
+  parallel: jax.Array
   shared: jax.Array  # Replays that all workers took together.
   batch_size: jax.Array  # Examples in a batch.
 

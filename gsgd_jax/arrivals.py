@@ -31,7 +31,8 @@ class Outage(NamedTuple):
 
   Attributes:
     worker: Which one, an int from 0.
-    at: From when, in mean gradient computations since the start.
+    at: From when, in mean gradient computations since the start, on the
+      workers' own clock (it stands still while the server replays).
     back: Until when; infinite if for good.
 
   Examples:
@@ -59,7 +60,8 @@ class ArrivalProcess(NamedTuple):
       worker's task takes that begins at ``now``: a float scalar of at least 0,
       or a :class:`Time` for exactness; infinite if it never ends. ``worker``
       and ``task`` are int32 scalars; a worker's tasks are numbered from 0 (in
-      rounds of :func:`synchronous` from 1), ``now`` is a :class:`Time`.
+      rounds of :func:`synchronous` from 1), ``now`` is a :class:`Time` on the
+      workers' own clock, which stands still while the server replays.
     length: How many arrivals there are, if they end; None if they do not.
     outages: When workers are away, a tuple of :class:`Outage`.
 
@@ -296,7 +298,9 @@ def _gamma(name, cv):
   cv = _protocol.real(name, cv)
   if cv > 2:
     raise ValueError(f'{name} must be from 0 to 2, got {cv:g}')
-  return _sampling.table(_sampling.gamma_quantile(cv)) if cv else None
+  if cv < 1e-6:  # Nothing that a tick would show.
+    return None
+  return _sampling.table(_sampling.gamma_quantile(cv))
 
 
 def straggler(
@@ -353,7 +357,8 @@ def failing(
 
   Args:
     arrivals: The process without it.
-    at: When it fails, in mean gradient computations since the start.
+    at: When it fails, in mean gradient computations since the start, on the
+      workers' own clock (it stands still while the server replays).
     worker: Which one, from 0.
     back: When it comes back, likewise, after ``at``; None if never.
 

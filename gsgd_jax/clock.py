@@ -49,17 +49,19 @@ def simulated_time(state: optax.OptState) -> jax.Array | np.floating:
 
   .. math::
 
-    T = T_{workers} + n_{serial} + n_{parallel}
+    T = T_{workers} + n_{serial}
+        + \sum_{windows} \lceil n_{parallel} / N \rceil
         + n_{shared} \left( \frac{1}{\min(N, B)} + c \right)
 
   where :math:`T_{workers}` is when the last gradient arrived, or the last
   round ended; the rest is what the replays of :func:`guided` cost, by its
-  ``replay_model``: a unit for each that the server takes itself (``serial``),
-  a unit for all of a window (``parallel``), or :math:`B` examples split over
-  the N workers and a synchronisation (``shared``). Meanwhile the workers
-  wait. (Where one gradient is of several batches, as in rounds of
-  :func:`synchronous` by their mean, a unit is that many.) Scoring and
-  verification are forward passes and cost nothing on this clock.
+  ``replay_model``: a unit for each that the server takes itself
+  (``serial``), a unit for every N of a window (``parallel``), or :math:`B`
+  examples split over the N workers and a synchronisation (``shared``).
+  Meanwhile the workers wait, and their own clock, by which machines fail and
+  traces are recorded, stands still. (Where one gradient is of several batches,
+  as in rounds of :func:`synchronous` by their mean, a unit is that many.)
+  Scoring and verification are forward passes and cost nothing on this clock.
 
   Args:
     state: The state of :func:`asynchronous`, :func:`delayed` with an int,
@@ -100,19 +102,21 @@ def simulated_time(state: optax.OptState) -> jax.Array | np.floating:
 
 
 def _cost(replays, clock):
-  counts = (replays.serial, replays.parallel, replays.shared)
-  numbers = (*counts, clock.workers, replays.batch_size)
   xp = np
-  if any(isinstance(n, jax.core.Tracer) for n in (*numbers, *clock.time)):
+  leaves = jax.tree.leaves((replays, clock))
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
     xp = jnp
   dtype = xp.zeros(()).dtype
   serial, parallel, shared, workers, size = (
-    xp.asarray(n).astype(dtype) for n in numbers
+    xp.asarray(n).astype(dtype)
+    for n in (*replays[:3], clock.workers, replays.batch_size)
   )
-  unit = in_units(clock.unit).astype(dtype)
-  sync = in_units(clock.sync_cost).astype(dtype)
+  taken = xp.arange(1, parallel.shape[-1] + 1).astype(dtype)
+  rounds = xp.ceil(taken / workers[..., None]) * parallel
+  unit = xp.asarray(in_units(clock.unit)).astype(dtype)
+  sync = xp.asarray(in_units(clock.sync_cost)).astype(dtype)
   split = unit / xp.minimum(workers, size) + sync
-  return (serial + parallel) * unit + shared * split
+  return (serial + rounds.sum(axis=-1)) * unit + shared * split
 
 
 def zero(shape: tuple[int, ...] = ()) -> Time:

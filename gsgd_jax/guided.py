@@ -160,7 +160,8 @@ def guided(
     replay_model: Who takes the replays' gradients, and what they cost on the
       clock (:func:`simulated_time`): ``'serial'``, the server itself, one
       unit each; ``'parallel'``, as many workers at once, all at the parameters
-      at the window's end, one unit for all of a window; ``'shared'``, all
+      at the window's end, one unit for all of a window (or for each N of
+      them, of N workers); ``'shared'``, all
       workers, each a share of the batch, ``1 / min(workers, batch size)`` and
       a synchronisation each. Stored gradients cost nothing.
     batch_like: A batch, or its ``jax.ShapeDtypeStruct`` s; required with
@@ -226,7 +227,7 @@ def guided(
       window=_empty_window(rule, params, batch_like),
       replayed=jnp.full([rule.replays], -1, jnp.int32),
       gradient_evaluations=jnp.zeros([], jnp.int32),
-      replays=_no_replays(batch_like),
+      replays=_no_replays(rule, batch_like),
       key=jax.random.PRNGKey(seed) if select == 'random' else None,
       inner_state=inner.init(params),
       replay_state=_protocol.Unread(replayer.init(params)),
@@ -505,12 +506,13 @@ def _replay(
   return lax.fori_loop(0, number, replay_one, carry)
 
 
-def _no_replays(batch_like):
+def _no_replays(rule, batch_like):
   zero = lambda: jnp.zeros([], jnp.int32)
   sizes = [x.shape[0] for x in jax.tree.leaves(batch_like) if x.shape]
   size = min(sizes[0], 2**31 - 1) if sizes else 1
   size = jnp.asarray(size, jnp.int32)
-  return _protocol.Replays(zero(), zero(), zero(), size)
+  windows = jnp.zeros([rule.replays], jnp.int32)
+  return _protocol.Replays(zero(), windows, zero(), size)
 
 
 def _more_replays(rule, replays, number):
@@ -518,8 +520,10 @@ def _more_replays(rule, replays, number):
   if rule.loss_fn is None:  # Nothing is computed.
     return replays
   model = rule.replay_model
-  more = jnp.minimum(number, 1) if model == 'parallel' else number
-  return replays._replace(**{model: getattr(replays, model) + more})
+  if model == 'parallel':
+    sizes = jnp.arange(1, rule.replays + 1, dtype=jnp.int32)
+    number = (sizes == number).astype(jnp.int32)
+  return replays._replace(**{model: getattr(replays, model) + number})
 
 
 def _measured_again(rule, number, params, average, extra_args):

@@ -193,6 +193,7 @@ def sentences(
 ) -> list[str]:
   """What was measured, in words, whatever it is."""
   said = [h.message + '.' for h in histories.values() if h.message is not None]
+  said += [s for h in histories.values() for s in _not_applied(h)]
 
   def compare(name, other, text):
     difference = _difference(histories, name, other)
@@ -222,6 +223,21 @@ def sentences(
     guided, random = f'{parallel}+consistent', f'{parallel}+random'
     compare(guided, random, 'Guided less random replays: {} points')
   return said
+
+
+def _not_applied(history):
+  """Gradients that arrived for nothing."""
+  if not len(history.step):
+    return
+  counts = {
+    'were overwritten by others': history.overwritten[-1].sum(),
+    'were lost with a worker that failed': history.lost[-1].sum(),
+  }
+  arrived = history.applied[-1].sum() + sum(counts.values())
+  for what, count in counts.items():
+    if count:
+      share = f'{100 * count / arrived:.2g} %'
+      yield f'{history.method.label}: {share} of the gradients {what}.'
 
 
 def _verdict(difference):

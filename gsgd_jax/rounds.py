@@ -88,7 +88,9 @@ def synchronous(
     workers: How many workers, N, at least 1. One is plain ``inner``.
     combine: ``'sequential'`` or ``'mean'``.
     wait_for: How many gradients a round waits for, m, from 1 to N; None is N.
-    arrivals: How long tasks take, an :class:`ArrivalProcess`; not a trace.
+    arrivals: How long tasks take, an :class:`ArrivalProcess`; not a trace. (Of
+      workers that stop for good only those of :func:`failing` are known as
+      such.)
     batch_like: A batch, or its ``jax.ShapeDtypeStruct`` s; ``'mean'`` forwards
       batches only if it is given, and then ``batch`` is required.
     sync_cost: What a synchronisation costs on the clock, in mean gradient
@@ -172,30 +174,25 @@ class _Rounds(NamedTuple):
     """The round of a call: its first call decides how fast everybody is."""
     this, began = state.round, state.clock.time
 
-    def decide(carry):
-      *_, applied = carry
+    def decide(_):
       ends = _cluster.round_ends(
         self.arrivals, this.machines, self.workers, this.number, began
       )
       order = clock.order(ends)[: self.wait_for]
       end = clock.at(ends, order[-1])
       end = clock.add(end, clock.of(state.clock.sync_cost))
-      return order, end, applied.at[order].add(1)
+      return order, end
 
-    order, end, applied = _ring.when(
-      state.count == 0,
-      decide,
-      (this.order, this.end, this.applied.by_worker),
-    )
-    return this._replace(
-      order=order, end=end, applied=_protocol.Applied(applied)
-    )
+    order, end = _ring.when(state.count == 0, decide, (this.order, this.end))
+    return this._replace(order=order, end=end)
 
-  def ended(self, state, this, last):
+  def ended(self, state, this, last, applied):
     """The clock and the round after a call."""
     now = clock.where(last, this.end, state.clock.time)
-    number = this.number + last.astype(jnp.int32)
-    return state.clock._replace(time=now), this._replace(number=number)
+    return state.clock._replace(time=now), this._replace(
+      number=this.number + last.astype(jnp.int32),
+      applied=_protocol.Applied(applied),
+    )
 
 
 def _check_rounds(who, arrivals, workers, wait_for):
@@ -209,6 +206,8 @@ def _check_rounds(who, arrivals, workers, wait_for):
     remedy = ''
     if who == 'synchronous' and stopping < workers:
       remedy = f'; wait_for={workers - stopping} would not'
+    elif who == 'data_parallel':
+      remedy = '; let them come back'
     raise ValueError(
       f'{who} would wait for ever: every round needs {wait_for} of {workers} '
       f'workers, and {stopping} of them may stop for good{remedy}'
@@ -253,7 +252,10 @@ def _synchronous_sequential(settings):
     round_start = state.round_start
     if not alone:
       round_start = _protocol.ReadPoint(count > 0, extras['stale_params'])
-    now, this = settings.ended(state, this, count == 0)
+    worker = extras['worker']
+    counts = this.applied.by_worker
+    applied = _ring.write(counts, worker, _ring.read(counts, worker) + 1)
+    now, this = settings.ended(state, this, count == 0, applied)
     return new_updates, SynchronousState(
       count, now, this, round_start, None, inner_state
     )
@@ -323,7 +325,11 @@ def _synchronous_mean(settings):
     new_updates, inner_state = _ring.applied_when(
       last, apply, (mean, state.inner_state)
     )
-    now, this = settings.ended(state, settings.decided(state), last)
+    this = settings.decided(state)
+    applied = _ring.when(
+      last, lambda counts: counts.at[this.order].add(1), this.applied.by_worker
+    )
+    now, this = settings.ended(state, this, last, applied)
     return new_updates, SynchronousState(
       count=(state.count + 1) % gradients,
       clock=now,

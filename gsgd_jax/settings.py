@@ -334,6 +334,8 @@ def _cluster(config):
       f'wait_for must be at most workers={config.workers}, got '
       f'{config.wait_for}'
     )
+  if config.straggler == 0:
+    raise ValueError('straggler must be positive, got 0')
   if config.machine_cv and config.arrivals not in (
     'gamma',
     'uniform',
@@ -356,10 +358,3 @@ def _cluster(config):
     raise ValueError('trace_unit is the unit of a trace and needs one')
   if config.back_at is not None and config.fails_at is None:
     raise ValueError('back_at is when a worker comes back and needs fails_at')
-  within = config.overwrite_within
-  between = 1 / config.workers if config.arrivals == 'round_robin' else math.inf
-  if within is not None and within > between * (1 - 1e-6):
-    raise ValueError(
-      'overwrite_within must be below the time between two arrivals, '
-      f'1 / {config.workers}, or none is ever applied, got {within:g}'
-    )

@@ -110,8 +110,8 @@ def asynchronous(
       all follow one another that closely, none is ever applied.) None is no
       such thing.
     max_ahead: Bounded staleness (stale synchronous parallel): a worker that
-      has delivered over ``max_ahead`` gradients more than the slowest one
-      waits, and reads once it has caught up; at 0 nobody begins a round before
+      has finished over ``max_ahead`` tasks more than the slowest one waits, and
+      reads once the others have caught up; at 0 nobody begins a round before
       all have ended the last. A call may then apply no gradient, or several
       one after another: all of them see the same other extra arguments.
       None is no bound.
@@ -475,8 +475,13 @@ def _update_bounded(server, updates, state, params, extra_args):
     total, state = carry
     worker, now = _cluster.next_arrival(state.cluster)
     cluster = _cluster.stopped(state.cluster, worker)
+    ahead = cluster.tasks - jnp.min(cluster.tasks)
+    reading = cluster.idle & (ahead <= server.max_ahead)
+    following = cluster
+    if server.overwrite_within is not None:
+      following = _cluster.all_started(server.arrivals, cluster, reading, now)
     arrives = jnp.ones([], bool)
-    applies, counts = _counted(server, state, cluster, worker, now, arrives)
+    applies, counts = _counted(server, state, following, worker, now, arrives)
     arrived = _ring.read(in_flight, worker)
     at = None if params is None else optax.apply_updates(params, total)
     packet = _extras(
@@ -492,22 +497,24 @@ def _update_bounded(server, updates, state, params, extra_args):
       apply,
       (_ring.cast_like(arrived.updates, updates), state.inner_state),
     )
-    idle = clock.is_never(cluster.finish)
-    ahead = cluster.tasks - jnp.min(cluster.tasks)
     return jax.tree.map(jnp.add, total, step), state._replace(
       clock=state.clock._replace(time=now),
       cluster=cluster,
-      reading=idle & (ahead <= server.max_ahead),
+      reading=reading,
       inner_state=inner_state,
       **counts,
     )
 
   carry = (optax.tree.zeros_like(updates), state)
   carry = jax.tree.map(jnp.asarray, carry)
+
+  def waits(carry):  # Unless what is awaited never comes.
+    _, state = carry
+    _, now = _cluster.next_arrival(state.cluster)
+    return ~jnp.any(state.reading) & ~clock.is_never(now)
+
   total, state = lax.while_loop(
-    lambda carry: ~jnp.any(carry[1].reading),
-    lambda carry: _ring.cast_like(arrival(carry), carry),
-    carry,
+    waits, lambda carry: _ring.cast_like(arrival(carry), carry), carry
   )
   return total, state._replace(
     worker=jnp.argmax(state.reading).astype(jnp.int32),

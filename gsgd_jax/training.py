@@ -234,12 +234,17 @@ class _Reports:
     measured['applied'] = cluster.record.count
     measured['overwritten'] = cluster.overwritten
     measured['lost'] = cluster.lost
-    measured = self._stopping.frozen(measured)
+    measured = self._stopping.frozen(measured | _arrivals(cluster)).copy()
+    mean, histogram, shares = (
+      measured.pop(name) for name in events.Arrivals._fields
+    )
+    if shares.shape[1]:
+      shares = shares.mean(axis=0) * shares.shape[1]
     evaluation = events.Evaluation(
       self._method,
       step,
       step * self._epoch,
-      _arrivals(cluster),
+      events.Arrivals(mean, histogram.sum(axis=0), shares.reshape(-1)),
       **measured,
     )
     if step:
@@ -280,15 +285,22 @@ def _ratio(total, number):
 
 
 def _arrivals(cluster):
-  shares = np.zeros([0])
+  """The fields of `events.Arrivals`, seed by seed."""
+  record = cluster.record
+  shares = np.zeros([len(record.count), 0])
   if cluster.applied is not None:
     shares = np.sort(worker_shares(cluster.applied), axis=1)
-    shares = shares.mean(axis=0) * shares.shape[1]
-  record = cluster.record
-  total = diagnostics.total_staleness(record)
-  return events.Arrivals(
-    _ratio(total, record.count), record.histogram.sum(axis=0), shares
-  )
+  return {
+    'mean': _ratio(diagnostics.total_staleness(record), record.count),
+    'histogram': record.histogram,
+    'shares': shares,
+  }
+
+
+def _where(stopped, last, values):
+  """`last` of the seeds that have stopped, `values` of the others."""
+  values = np.asarray(values)
+  return np.where(stopped.reshape(-1, *[1] * (values.ndim - 1)), last, values)
 
 
 class _Stopping:
@@ -314,7 +326,7 @@ class _Stopping:
     """The measurements, those of stopped seeds as they were."""
     if self._last is not None:
       measured = {
-        name: np.where(self.stopped, self._last[name], values)
+        name: _where(self.stopped, self._last[name], values)
         for name, values in measured.items()
       }
     self._last = measured

@@ -459,17 +459,20 @@ def asynchronous(
   batches = list(batches)
   heap, waiting = [], list(range(workers))
   now = version = taken = 0
-  while True:
-    # Whoever may read reads, in the order of their numbers.
+
+  def may_read():
     slowest = min((w.tasks for w in run.crew if w is not None), default=0)
-    reading = [
+    return [
       i
       for i in waiting
       if run.crew[i] is None
       or max_ahead is None
       or run.crew[i].tasks - slowest <= max_ahead
     ]
-    for index in reading:
+
+  while True:
+    # Whoever may read reads, in the order of their numbers.
+    for index in may_read():
       if taken >= workers:
         run.trajectory.append(params)
         run.clock.append(now)
@@ -501,8 +504,8 @@ def asynchronous(
     fate = 'lost' if worker.lost else 'applied'
     if fate == 'applied' and overwrite_within is not None:
       following = [t for t, i in heap if not run.crew[i].lost]
-      if max_ahead is None:  # It begins its next task at once.
-        task = (index, worker.tasks, now)
+      for i in may_read():  # They begin their next tasks at once.
+        task = (i, run.crew[i].tasks, now)
         if not cluster.lost(*task):
           following.append(now + cluster.duration(*task))
       if following and min(following) - now <= overwrite_within:

@@ -276,7 +276,7 @@ def test_many_workers(workers, name, inner, mode, outages, options):
 
 
 @pytest.mark.parametrize('max_ahead', [None, 1])
-def test_what_is_lost_overwrites_nothing(max_ahead):
+def test_losing_and_overwriting(max_ahead):
   process, oracle = cluster('user', 5, None, [(2, 1.0, 1.75), (0, 1.5, 3.25)])
   assert_agrees(
     helpers.make_problem('quadratic', 4, 2, 40, seed=0),
@@ -496,10 +496,12 @@ def test_nobody_is_further_ahead(max_ahead):
     assert spread == max_ahead + 1  # It gets there, and no further.
 
 
-def test_a_bound_far_away_is_none():
+@pytest.mark.parametrize('overwrite_within', [None, 0.2])
+def test_a_bound_far_away_is_none(overwrite_within):
   process = gsgd_jax.failing(gsgd_jax.gamma_arrivals(0.5), 1.0, 1, back=2.5)
+  options = dict(overwrite_within=overwrite_within)
   (free, states), (bound, others) = (
-    drive(asynchronous(process, 4, 60, max_ahead=max_ahead), 60)
+    drive(asynchronous(process, 4, 60, max_ahead=max_ahead, **options), 60)
     for max_ahead in (None, 1000)
   )
   np.testing.assert_array_equal(states.worker, others.worker)
@@ -508,6 +510,19 @@ def test_a_bound_far_away_is_none():
     (free.clock, bound.clock),
   ):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_who_never_arrives_stops_those_who_wait():
+  process = gsgd_jax.ArrivalProcess(
+    lambda workers, key: (),
+    lambda machines, worker, task, now: jnp.array(
+      [jnp.inf, 1.1, 1.2], jnp.float32
+    )[worker],
+  )
+  last, states = drive(asynchronous(process, 3, 30, max_ahead=1), 30)
+  assert last.version == 4 and last.applied.by_worker.tolist() == [0, 2, 2]
+  assert np.isfinite(gsgd_jax.simulated_time(last))
+  np.testing.assert_array_equal(states.version[-20:], 4)
 
 
 # Invariants.
@@ -903,6 +918,33 @@ def test_one_that_comes_back_reads_anew():
   assert gsgd_jax.simulated_time(states)[at] == 6.0
 
 
+@pytest.mark.parametrize('first, then', [(0, 1), (1, 0)])
+def test_one_that_fails_twice_in_a_task(first, then):
+  """The task takes 2 units: it is lost at 0.75, again at 1.5, and then not."""
+  outages = [(0.5, 0.75), (1.25, 1.5)]
+  process = gsgd_jax.fixed_speeds([0.5, 1.0])
+  for at, back in (outages[first], outages[then]):
+    process = gsgd_jax.failing(process, at, back=back)
+  _, states = drive(asynchronous(process, 2, 8), 7)
+  times = gsgd_jax.simulated_time(states)[1:]
+  assert times.tolist() == [0.75, 1, 1.5, 2, 3, 3.5]
+  assert states.worker[1:].tolist() == [0, 1, 0, 1, 1, 0]
+  assert states.lost[1:].tolist() == [1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize('max_ahead', [None, 1])
+def test_what_is_lost_overwrites_nothing(max_ahead):
+  """Worker 0 comes back at 1.125: afterwards worker 1 comes shortly before."""
+  process = gsgd_jax.failing(gsgd_jax.fixed_speeds([1.0, 1.0]), 0.5, back=1.125)
+  options = dict(overwrite_within=0.25, max_ahead=max_ahead)
+  _, states = drive(asynchronous(process, 2, 8, **options), 7)
+  times = gsgd_jax.simulated_time(states)[1:]
+  assert times.tolist() == [1, 1.125, 2, 2.125, 3, 3.125]
+  assert states.lost[1:].tolist() == [0, 1, 1, 1, 1, 1]
+  assert states.overwritten[1:].tolist() == [0, 0, 1, 1, 2, 2]
+  assert states.version[1:].tolist() == [1, 1, 1, 2, 2, 3]
+
+
 @pytest.mark.parametrize(
   'combine, wait_for, ends',
   [
@@ -1215,10 +1257,10 @@ ARGUMENTS = {
     lambda: init(gsgd_jax.failing(GAMMA, 2.0, 5, back=3.0)),
     '^worker must be below the number of workers, 2, got 5$',
   ),
-  'all stop': (lambda: init(ALL_STOP), '^all 2 workers stop for good'),
+  'all stop': (lambda: init(ALL_STOP), '^every worker stops for good'),
   'the only one stops': (
     lambda: init(gsgd_jax.failing(GAMMA, 1.0), 1),
-    '^all 1 workers? stops? for good',
+    '^every worker stops for good',
   ),
   'max_ahead of one that stops': (
     lambda: gsgd_jax.asynchronous(
@@ -1244,7 +1286,7 @@ ARGUMENTS = {
       SGD, 4, 3, arrivals=gsgd_jax.failing(GAMMA, 1.0, 2)
     ),
     '^data_parallel would wait for ever: every round needs 3 of 3 workers, and '
-    '1 of them may stop for good$',
+    '1 of them may stop for good; let them come back$',
   ),
   'straggler of a trace': (
     lambda: gsgd_jax.straggler(TRACE, 2.0),

@@ -160,15 +160,15 @@ def guided(model):
   ), like
 
 
-def windows_with_replays(state, number):
-  """Runs a number of windows; returns how many replays, in how many windows."""
-  replays = windows = 0
+def replays_and_units(state, number, workers):
+  """How many replays were taken, and in how many units by so many workers."""
+  replays = units = 0
   for replayed in state:
     taken = int(np.sum(replayed >= 0))
     replays += taken
-    windows += taken > 0
+    units += -(-taken // workers)
   assert number == len(state) and replays
-  return replays, windows
+  return replays, units
 
 
 def run_guided(tx, calls):
@@ -197,11 +197,11 @@ def test_what_replays_cost(model, workers):
   tx = gsgd_jax.asynchronous(tx, workers, batch_like=like, sync_cost=0.25)
   arrivals = 5 * WINDOW
   state, replayed = run_guided(tx, workers - 1 + arrivals)
-  replays, windows = windows_with_replays(replayed, 5)
+  replays, units = replays_and_units(replayed, 5, workers)
   sync = 0.25 if workers > 1 else 0.0
   cost = {
     'serial': replays,
-    'parallel': windows,
+    'parallel': units,
     'shared': replays * (1 / min(workers, BATCH) + sync),
   }[model]
   np.testing.assert_allclose(
@@ -223,7 +223,7 @@ def test_a_replay_of_a_split_batch_costs_what_the_batch_does(model):
     tx, 4, batch_size=BATCH, worker_batch_size=BATCH // 2, sync_cost=0.5
   )
   state, replayed = run_guided(tx, 3 * WINDOW)
-  replays, _ = windows_with_replays(replayed, 3)
+  replays, _ = replays_and_units(replayed, 3, 4)
   step = (BATCH / 4) / (BATCH // 2) + 0.5
   each = 2.0 if model == 'serial' else 2 / 4 + 0.5
   assert gsgd_jax.simulated_time(state) == 3 * WINDOW * step + replays * each

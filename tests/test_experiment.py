@@ -614,7 +614,7 @@ def test_configs_say_how_they_are_run():
     ),
     (
       dict(parallel='asynchronous', workers=1, fails_at=1.0),
-      'all 1 workers stop for good',
+      'every worker stops for good',
     ),
     (
       dict(parallel='asynchronous', arrivals='recorded', trace='nowhere.csv'),

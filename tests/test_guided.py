@@ -99,7 +99,8 @@ def assert_same_guidance(oracle, state, calls):
     assert np.all(seen[len(replayed) :] == -1)
   assert state.gradient_evaluations[-1] == oracle.gradient_evaluations
   replays = state.replays
-  assert replays.serial[-1] + replays.parallel[-1] == oracle.replay_units
+  units = replays.serial[-1] + replays.parallel[-1].sum()
+  assert units == oracle.replay_units
   assert replays.shared[-1] == oracle.shared_replays
   np.testing.assert_allclose(
     state.average_error[-1], oracle.previous, rtol=1e-8

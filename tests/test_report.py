@@ -21,6 +21,7 @@ def histories_of(accuracies, **fields):
     step = np.arange(len(accuracy)) * 10
     measured = {f: np.full(accuracy.shape, 0.5) for f in events.MEASURED}
     measured['test_accuracy'] = accuracy
+    measured['overwritten'] = measured['lost'] = np.zeros(accuracy.shape)
     spent = 1234 + step - step[-1]
     measured['gradient_evaluations'] = spent[:, None] + 0 * accuracy
     measured.update({k: np.array(v) for k, v in fields.items()})
@@ -92,6 +93,20 @@ def test_methods_that_did_not_end_are_not_compared():
   said = report.sentences(config_of(*FOUR), histories)
   assert said[0] == 'asynchronous diverged: ....'
   assert len(said) == 2 and said[1].startswith('Guided less random')
+
+
+def test_gradients_that_arrived_for_nothing_are_told():
+  zeros = [[0] * 3] * 2
+  histories = histories_of(
+    {'asynchronous': FOUR['asynchronous']},
+    applied=[[0] * 3, [8, 8, 9]],
+    overwritten=[[0] * 3, [2, 1, 1]],
+    lost=zeros,
+  )
+  said = report.sentences(config_of('asynchronous'), histories)
+  assert said == [
+    'asynchronous: 14 % of the gradients were overwritten by others.'
+  ]
 
 
 def test_one_seed_has_no_interval():

@@ -526,8 +526,9 @@ def test_a_trace_is_checked_like_arrays(call):
   assert re.search(r'a trace must ', complaint_of(call))
 
 
-def test_a_complaint_of_many_workers_is_one_line():
-  complaint_of(recorded(np.arange(64.0)))
+@pytest.mark.parametrize('workers', [np.arange(64.0), np.zeros([30, 2], int)])
+def test_a_complaint_of_many_workers_is_one_line(workers):
+  assert re.search(KIND, complaint_of(recorded(workers)))
 
 
 @pytest.mark.parametrize('time', ['nan', 'inf'])

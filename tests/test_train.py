@@ -342,7 +342,7 @@ BAD_INPUT = [
     'as many as the workers, got 2 for 16',
   ),
   (('--config.wait_for=17',), 'wait_for must be at most workers=16'),
-  (('--config.overwrite_within=0.1',), 'between two arrivals, 1 / 16'),
+  (('--config.straggler=0',), 'straggler must be positive, got 0'),
   (
     ('--config.methods=synchronous', '--config.fails_at=3'),
     'would wait for ever: .* wait_for=15 would not',
