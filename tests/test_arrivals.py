@@ -179,7 +179,7 @@ def assert_packets(state, run):
     assert notes[: len(expected)].tolist() == expected
 
 
-@hypothesis.settings(max_examples=24)
+@hypothesis.settings(max_examples=16)
 @given(
   kind=st.sampled_from(['quadratic', 'logistic']),
   calls=st.integers(1, 40),

@@ -424,6 +424,8 @@ def test_early_stopping_ends_the_run():
     assert report.chosen(history, 'last').step[seed] == history.step[1 + end]
     spent = history.gradient_evaluations[-1, seed]
     assert spent == history.step[1 + end]
+  # What has arrived is told as it was then, too.
+  assert history.arrivals.histogram.sum() == history.applied[-1].sum()
 
 
 def test_progress_leaves_out_seeds_that_stopped():
