@@ -114,7 +114,9 @@ def started(
     finish = clock.where(active, finish, clock.at(cluster.finish, worker))
   if lost is not None and active is not True:
     lost = jnp.where(active, lost, _ring.read(cluster.lost, worker))
-  idle = None if cluster.idle is None else False
+  idle = None
+  if cluster.idle is not None:
+    idle = _ring.read(cluster.idle, worker) & ~jnp.asarray(active)
   return cluster._replace(
     finish=_ring.write(cluster.finish, worker, finish),
     lost=_ring.write(cluster.lost, worker, lost),

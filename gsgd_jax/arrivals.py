@@ -58,7 +58,8 @@ class ArrivalProcess(NamedTuple):
       (uint32, shape (2,)).
     duration: ``duration(machines, worker, task, now) -> time``: how long a
       worker's task takes that begins at ``now``: a float scalar of at least 0,
-      or a :class:`Time` for exactness; infinite if it never ends. ``worker``
+      or a :class:`Time` for exactness; infinite if it never ends (but for a
+      trace, somebody has to go on). ``worker``
       and ``task`` are int32 scalars; a worker's tasks are numbered from 0 (in
       rounds of :func:`synchronous` from 1), ``now`` is a :class:`Time` on the
       workers' own clock, which stands still while the server replays.

@@ -463,7 +463,12 @@ def _update_bounded(server, updates, state, params, extra_args):
     count=optax.safe_increment(state.count),
     read_at=_ring.write(state.read_at, reader, state.version),
     cluster=_cluster.started(
-      server.arrivals, state.cluster, reader, state.clock.time
+      server.arrivals,
+      state.cluster,
+      reader,
+      state.clock.time,
+      # Where all wait for what never comes nobody reads any more.
+      active=_ring.read(state.reading, reader),
     ),
     reading=_ring.write(state.reading, reader, False),
     # The loop carries none of these.

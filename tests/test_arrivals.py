@@ -512,15 +512,17 @@ def test_a_bound_far_away_is_none(overwrite_within):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_who_never_arrives_stops_those_who_wait():
+@pytest.mark.parametrize('never', [0, 1, 2])
+def test_who_never_arrives_stops_those_who_wait(never):
   process = gsgd_jax.ArrivalProcess(
     lambda workers, key: (),
-    lambda machines, worker, task, now: jnp.array(
-      [jnp.inf, 1.1, 1.2], jnp.float32
-    )[worker],
+    lambda machines, worker, task, now: jnp.where(
+      worker == never, jnp.inf, 1 + worker.astype(jnp.float32) / 8
+    ),
   )
   last, states = drive(asynchronous(process, 3, 30, max_ahead=1), 30)
-  assert last.version == 4 and last.applied.by_worker.tolist() == [0, 2, 2]
+  by_worker = [0 if worker == never else 2 for worker in range(3)]
+  assert last.applied.by_worker.tolist() == by_worker
   assert np.isfinite(gsgd_jax.simulated_time(last))
   np.testing.assert_array_equal(states.version[-20:], 4)
 
