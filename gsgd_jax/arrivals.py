@@ -399,6 +399,17 @@ def failing(
   )
 
 
+def checked(arrivals: Any) -> ArrivalProcess:
+  """Refuses what is no arrival process."""
+  if not isinstance(arrivals, ArrivalProcess):
+    raise ValueError(
+      'arrivals must be an ArrivalProcess, say gsgd_jax.round_robin() or '
+      'gsgd_jax.recorded_arrivals(trace), got '
+      f'{_protocol.in_a_line(arrivals)}'
+    )
+  return arrivals
+
+
 def _with_worker(init, worker):
   """`init` that refuses a cluster without that worker."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gsgd_jax import _cluster, _protocol, _ring, clock
-from gsgd_jax.arrivals import ArrivalProcess, round_robin
+from gsgd_jax.arrivals import ArrivalProcess, checked, round_robin
 
 
 class RoundSums(NamedTuple):
@@ -134,7 +134,7 @@ def synchronous(
       raise ValueError(
         f'wait_for must be at most workers={workers}, got {waited}'
       )
-  _check_rounds('synchronous', arrivals, workers, waited)
+  _check_rounds('synchronous', checked(arrivals), workers, waited)
   settings = _Rounds(
     inner=optax.with_extra_args_support(inner),
     workers=workers,
@@ -424,6 +424,7 @@ def data_parallel(
   unit_size = size
   if worker_batch_size is not None:
     unit_size = _protocol.positive_int('worker_batch_size', worker_batch_size)
+  checked(arrivals)
   sharing = min(workers, size)
   _check_rounds(
     'data_parallel',

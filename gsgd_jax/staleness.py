@@ -19,7 +19,7 @@ import optax
 from jax import lax
 
 from gsgd_jax import _cluster, _protocol, _ring, clock, pipeline
-from gsgd_jax.arrivals import ArrivalProcess, round_robin
+from gsgd_jax.arrivals import ArrivalProcess, checked, round_robin
 
 
 class InFlight(NamedTuple):
@@ -155,6 +155,7 @@ def asynchronous(
     Sharma, `Guided parallelized stochastic gradient descent for delay
     compensation`, arXiv:2101.07259, 2021.
   """
+  checked(arrivals)
   if overwrite_within is not None:
     overwrite_within = _protocol.real_or_traced(
       'overwrite_within', overwrite_within

@@ -340,6 +340,12 @@ def test_synchronous(
       gsgd_jax.simulated_time(state),
       np.array([0, *ends])[ended] / reference.UNIT,
     )
+    if ends:
+      fastest = np.argsort(times[:, 1 : len(ends) + 1], axis=0, kind='stable')
+      np.testing.assert_array_equal(
+        state.round.applied.by_worker[len(expected) - 1],
+        np.bincount(fastest[:wait_for].ravel(), minlength=workers),
+      )
 
 
 @pytest.mark.parametrize('name', ['round robin', 'ties', 'uneven gamma'])
@@ -496,9 +502,16 @@ def test_nobody_is_further_ahead(max_ahead):
     assert spread == max_ahead + 1  # It gets there, and no further.
 
 
-@pytest.mark.parametrize('overwrite_within', [None, 0.2])
-def test_a_bound_far_away_is_none(overwrite_within):
-  process = gsgd_jax.failing(gsgd_jax.gamma_arrivals(0.5), 1.0, 1, back=2.5)
+@pytest.mark.parametrize(
+  'process, overwrite_within',
+  [
+    (gsgd_jax.failing(gsgd_jax.gamma_arrivals(0.5), 1.0, 1, back=2.5), None),
+    (gsgd_jax.failing(gsgd_jax.gamma_arrivals(0.5), 1.0, 1, back=2.5), 0.2),
+    # The first one's own next gradient comes within 0.1.
+    (gsgd_jax.fixed_speeds([10.0, 1.3, 1.1, 0.9]), 0.12),
+  ],
+)
+def test_a_bound_far_away_is_none(process, overwrite_within):
   options = dict(overwrite_within=overwrite_within)
   (free, states), (bound, others) = (
     drive(asynchronous(process, 4, 60, max_ahead=max_ahead, **options), 60)
@@ -945,6 +958,20 @@ def test_what_is_lost_overwrites_nothing(max_ahead):
   assert states.lost[1:].tolist() == [0, 1, 1, 1, 1, 1]
   assert states.overwritten[1:].tolist() == [0, 0, 1, 1, 2, 2]
   assert states.version[1:].tolist() == [1, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize('max_ahead', [None, 3])
+def test_what_will_be_lost_overwrites_nothing(max_ahead):
+  """Worker 0 arrives at 1, and at 1.125 it is back with nothing."""
+  process = gsgd_jax.failing(
+    gsgd_jax.fixed_speeds([1.0, 0.8]), 1.0625, back=1.125
+  )
+  options = dict(overwrite_within=0.2, max_ahead=max_ahead)
+  _, states = drive(asynchronous(process, 2, 8, **options), 5)
+  times = gsgd_jax.simulated_time(states)[1:]
+  assert times.tolist() == [1, 1.125, 1.25, 2.125]
+  assert states.lost[1:].tolist() == [0, 1, 1, 1]
+  assert states.version[1:].tolist() == [1, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

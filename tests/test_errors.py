@@ -129,6 +129,20 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.parametrize('given', [gsgd_jax.round_robin, 'trace.csv', None])
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda given: gsgd_jax.asynchronous(SGD, 2, arrivals=given),
+    lambda given: gsgd_jax.synchronous(SGD, 2, arrivals=given),
+    lambda given: gsgd_jax.data_parallel(SGD, 2, 8, arrivals=given),
+  ],
+)
+def test_no_arrival_process(make, given):
+  with pytest.raises(ValueError, match=r'^arrivals must be an ArrivalProcess'):
+    make(given)
+
+
 @pytest.mark.parametrize('call, message', ARGUMENTS.values(), ids=ARGUMENTS)
 def test_arguments(call, message):
   with pytest.raises(ValueError, match=message):
