@@ -8,9 +8,9 @@ taken by the server itself: on the clock they cost a unit each. One rate for all
 methods and tuned for none, so this shows what a cluster does and ranks nothing.
 
 Time: 26 seconds on 2 CPU cores. Test accuracy, %, with 95 % intervals:
-sequential and data-parallel 96.53 ± 1.04, asynchronous 93.72 ± 3.52, guided
-96.67 ± 0.86, random replays 96.69 ± 0.95. Simulated time: 1,664, 289.5, 26.5,
-685.1, 684.7.
+sequential and data-parallel 96.53 ± 1.04, asynchronous 94.47 ± 1.41, guided
+96.56 ± 0.81, random replays 96.64 ± 0.82. Simulated time: 1,664, 289.6, 26.4,
+687.1, 684.9.
 """
 
 import ml_collections
