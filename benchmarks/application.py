@@ -43,7 +43,7 @@ _TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 def bare_scan(config, method, model, datasets):
   """A compiled `(seeds, params, arrays, rows) -> params`."""
   loss_fn = models.cross_entropy(model)
-  batch_like = transformation.batch_like_of(config, datasets[0])
+  batch_like = transformation.batch_like_of(config, method, datasets[0])
   filling = transformation.filling_calls(config, method)
 
   def run(seed, params, arrays, rows):
