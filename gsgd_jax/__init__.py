@@ -2,6 +2,7 @@
 
 from gsgd_jax._protocol import worker_params
 from gsgd_jax._version import __version__ as __version__
+from gsgd_jax.acceptance import drop_stale, rennala
 from gsgd_jax.arrivals import (
   ArrivalProcess,
   Outage,
@@ -14,6 +15,13 @@ from gsgd_jax.arrivals import (
   uniform_arrivals,
 )
 from gsgd_jax.clock import Time, simulated_time
+from gsgd_jax.corrections import (
+  adaptive_braking,
+  delay_compensation,
+  exact_delay_compensation,
+  scale_by_staleness,
+  spike_compensation,
+)
 from gsgd_jax.diagnostics import (
   StalenessSummary,
   record_staleness,
@@ -22,6 +30,13 @@ from gsgd_jax.diagnostics import (
 )
 from gsgd_jax.guided import guided
 from gsgd_jax.memory import state_memory
+from gsgd_jax.predictors import (
+  asynchronous_nesterov,
+  dana,
+  delayed_nesterov,
+  predict,
+  smega2,
+)
 from gsgd_jax.rounds import data_parallel, synchronous
 from gsgd_jax.staleness import asynchronous, delayed
 from gsgd_jax.traces import Trace, read_trace, recorded_arrivals
@@ -32,19 +47,31 @@ __all__ = [
   'StalenessSummary',
   'Time',
   'Trace',
+  'adaptive_braking',
   'asynchronous',
+  'asynchronous_nesterov',
+  'dana',
   'data_parallel',
+  'delay_compensation',
   'delayed',
+  'delayed_nesterov',
+  'drop_stale',
+  'exact_delay_compensation',
   'exponential_arrivals',
   'failing',
   'fixed_speeds',
   'gamma_arrivals',
   'guided',
+  'predict',
   'read_trace',
   'record_staleness',
   'recorded_arrivals',
+  'rennala',
   'round_robin',
+  'scale_by_staleness',
   'simulated_time',
+  'smega2',
+  'spike_compensation',
   'staleness_summary',
   'state_memory',
   'straggler',

@@ -17,6 +17,7 @@ A transformation that changes where a worker *reads* says so in its state, by
 reads through (a second optimizer's, a worker's own) is wrapped in `Unread`.
 """
 
+import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -65,6 +66,27 @@ class Replays(NamedTuple):
   batch_size: jax.Array  # Examples in a batch.
 
 
+class Acceptance(NamedTuple):
+  """State of a transformation that may refuse gradients."""
+
+  applied: jax.Array  # shape=(), dtype=int32: updates of what is inside so far.
+  refused: jax.Array  # shape=(), dtype=int32: gradients so far.
+  kept: Any  # Gradients that wait to be applied together; None for none.
+  inner_state: optax.OptState
+
+
+class PerWorker(NamedTuple):
+  """State of each worker at the server: leaves with an axis of workers."""
+
+  tree: Any
+
+
+class ServerGradients(NamedTuple):
+  """Gradients that the server takes itself, replays aside."""
+
+  count: jax.Array  # shape=(), dtype=int32.
+
+
 PACKET = ('value', 'batch', 'staleness', 'worker', 'stale_params')
 
 
@@ -108,9 +130,7 @@ def worker_params(params: optax.Params, state: optax.OptState) -> optax.Params:
   read = params
   for offset in announced(state, ReadOffset):
     read = _where_announced(
-      lambda p, d, c=offset.scale: (p + c * d).astype(p.dtype),
-      read,
-      offset.tree,
+      functools.partial(_offset_by, offset.scale), read, offset.tree
     )
   # The outermost point wins, so it comes last.
   for point in reversed(announced(state, ReadPoint)):
@@ -120,6 +140,17 @@ def worker_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       point.params,
     )
   return read
+
+
+def _offset_by(scale, params, offset):
+  dtype = wide(params.dtype)
+  read = params.astype(dtype) + scale.astype(dtype) * offset.astype(dtype)
+  return read.astype(params.dtype)
+
+
+def wide(dtype: Any) -> Any:
+  """The dtype of sums: at least float32."""
+  return jnp.float32 if dtype.itemsize < 4 else dtype
 
 
 def announced(state: optax.OptState, kind: type) -> list[Any]:
@@ -135,6 +166,45 @@ def _where_announced(fn, params, announced):
   return jax.tree.map(
     lambda a, p: p if masked(a) else fn(p, a), announced, params, is_leaf=masked
   )
+
+
+def accepted(
+  before: optax.OptState, after: optax.OptState
+) -> tuple[jax.Array | int, jax.Array | int]:
+  """What became of a gradient that was handed to an inner transformation.
+
+  Args:
+    before: The inner transformation's state before it,
+    after: and after it.
+
+  Returns:
+    Updates that were applied (0 or 1), and gradients refused (0 or 1).
+  """
+  pairs = list(
+    zip(
+      announced(before, Acceptance), announced(after, Acceptance), strict=True
+    )
+  )
+  if not pairs:
+    return 1, 0
+  applied = [new.applied - old.applied for old, new in pairs]
+  refused = [new.refused - old.refused for old, new in pairs]
+  # Where several stand side by side, each for some of the parameters.
+  return (
+    functools.reduce(jnp.maximum, applied),
+    functools.reduce(jnp.minimum, refused),
+  )
+
+
+def check_per_worker(who: str, workers: int, inner_state: optax.OptState):
+  """Raises where a server keeps the state of fewer workers than there are."""
+  for kept in announced(inner_state, PerWorker):
+    for leaf in jax.tree.leaves(kept.tree):
+      if leaf.shape[0] < workers:
+        raise ValueError(
+          f'{who} has {workers} workers, but a transformation inside keeps the '
+          f'momenta of {leaf.shape[0]}: give it workers={workers}'
+        )
 
 
 def positive_int(name: str, given: Any, minimum: int = 1) -> int:
@@ -179,6 +249,35 @@ def real_or_traced(name: str, given: Any) -> Any:
   return given if isinstance(given, jax.core.Tracer) else real(name, given)
 
 
+def count_or_traced(name: str, given: Any, minimum: int = 1) -> Any:
+  """Checks a whole number that decides no shapes, or lets a traced one be."""
+  if isinstance(given, jax.core.Tracer):
+    return given
+  if isinstance(given, jax.Array):  # An injected one, outside of jit.
+    given = given.item()
+  whole = isinstance(given, float) and given.is_integer()
+  return positive_int(name, int(given) if whole else given, minimum)
+
+
+def broadcast(name: str, prefix: Any, tree: Any) -> Any:
+  """A value for each leaf, from a tree of the same structure or a prefix."""
+  try:
+    return jax.tree.broadcast(prefix, tree)
+  except ValueError as e:
+    raise ValueError(
+      f'{name} must have the structure of the parameters or a prefix of it, '
+      f'got {jax.tree.structure(prefix)} for {jax.tree.structure(tree)}'
+    ) from e
+
+
+def fraction(name: str, given: Any) -> Any:
+  """Checks a decay rate: at least 0 and below 1, or traced."""
+  given = real_or_traced(name, given)
+  if not isinstance(given, jax.core.Tracer) and given >= 1:
+    raise ValueError(f'{name} must be at least 0 and below 1, got {given!r}')
+  return given
+
+
 def one_of(name: str, given: Any, allowed: tuple[str, ...]) -> str:
   """Checks a choice by name."""
   if given not in allowed:
@@ -212,6 +311,24 @@ def other_extras(
   """
   others = {k: v for k, v in extra_args.items() if k not in PACKET}
   return others | ({'grad': gradient} if 'grad' in others else {})
+
+
+def one_staleness(who: str, extra_args: dict[str, Any]) -> jax.Array:
+  """The extra `staleness`, an int32 scalar."""
+  staleness = extra_args.get('staleness')
+  if staleness is None:
+    raise missing(
+      who,
+      'staleness',
+      'put it inside asynchronous, delayed or synchronous, or pass '
+      'staleness=... to update',
+    )
+  if not hasattr(staleness, 'dtype') and not isinstance(staleness, int):
+    raise ValueError(
+      f'{who} needs one staleness, got a tree of them: delayed with a tree of '
+      'delays has one a leaf'
+    )
+  return jnp.asarray(staleness, jnp.int32)
 
 
 def scalar_value(who: str, extra_args: dict[str, Any]) -> jax.Array | None:

@@ -52,12 +52,14 @@ def simulated_time(state: optax.OptState) -> jax.Array | np.floating:
     T = T_{workers} + n_{serial}
         + \sum_{windows} \lceil n_{parallel} / N \rceil
         + n_{shared} \left( \frac{1}{\min(N, B)} + c \right)
+        + 2 n_{exact}
 
   where :math:`T_{workers}` is when the last gradient arrived, or the last
   round ended; the rest is what the replays of :func:`guided` cost, by its
   ``replay_model``: a unit for each that the server takes itself
   (``serial``), a unit for every N of a window (``parallel``), or :math:`B`
-  examples split over the N workers and a synchronisation (``shared``).
+  examples split over the N workers and a synchronisation (``shared``); and two
+  units for every product of :func:`exact_delay_compensation`.
   Meanwhile the workers wait, and their own clock, by which machines fail and
   traces are recorded, stands still. (Where one gradient is of several batches,
   as in rounds of :func:`synchronous` by their mean, a unit is that many.)
@@ -98,6 +100,8 @@ def simulated_time(state: optax.OptState) -> jax.Array | np.floating:
   now = in_units(clock.time)
   for replays in _protocol.announced(state, _protocol.Replays):
     now = now + _cost(replays, clock)
+  for gradients in _protocol.announced(state, _protocol.ServerGradients):
+    now = now + _taken(gradients, clock)
   return now
 
 
@@ -117,6 +121,15 @@ def _cost(replays, clock):
   sync = xp.asarray(in_units(clock.sync_cost)).astype(dtype)
   split = unit / xp.minimum(workers, size) + sync
   return (serial + rounds.sum(axis=-1)) * unit + shared * split
+
+
+def _taken(gradients, clock):
+  xp = np
+  if isinstance(gradients.count, jax.core.Tracer):
+    xp = jnp
+  dtype = xp.zeros(()).dtype
+  unit = xp.asarray(in_units(clock.unit)).astype(dtype)
+  return xp.asarray(gradients.count).astype(dtype) * unit
 
 
 def zero(shape: tuple[int, ...] = ()) -> Time:

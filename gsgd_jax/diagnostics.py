@@ -82,7 +82,7 @@ def record_staleness(
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    staleness = _staleness(extra_args)
+    staleness = _protocol.one_staleness('record_staleness', extra_args)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
     )
@@ -100,23 +100,6 @@ def record_staleness(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _staleness(extra_args):
-  staleness = extra_args.get('staleness')
-  if staleness is None:
-    raise _protocol.missing(
-      'record_staleness',
-      'staleness',
-      'put it inside asynchronous, delayed or synchronous, or pass '
-      'staleness=... to update',
-    )
-  if not hasattr(staleness, 'dtype') and not isinstance(staleness, int):
-    raise ValueError(
-      'record_staleness needs one staleness, got a tree of them: delayed with '
-      'a tree of delays has one a leaf'
-    )
-  return jnp.asarray(staleness, jnp.int32)
 
 
 class StalenessSummary(NamedTuple):

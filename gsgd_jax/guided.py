@@ -176,7 +176,8 @@ def guided(
 
   Raises:
     ValueError: An argument is out of its range, ``loss_fn`` without
-      ``batch_like``, ``revisit`` without ``loss_fn``; in ``update``, ``value``
+      ``batch_like``, ``revisit`` without ``loss_fn``, :func:`drop_stale` or
+      :func:`rennala` inside; in ``update``, ``value``
       or ``batch`` are missing or misshapen, or ``params`` are missing.
 
   Examples:
@@ -221,6 +222,13 @@ def guided(
   )
 
   def init_fn(params):
+    inner_state = inner.init(params)
+    if _protocol.announced(inner_state, _protocol.Acceptance):
+      raise ValueError(
+        'guided keeps every batch that reaches it, so what refuses gradients '
+        'belongs around it: drop_stale(guided(...), ...), not '
+        'guided(drop_stale(...)); likewise rennala'
+      )
     return GuidedState(
       count=jnp.zeros([], jnp.int32),
       average_error=jnp.full([], jnp.inf, _protocol.score_dtype()),
@@ -229,7 +237,7 @@ def guided(
       gradient_evaluations=jnp.zeros([], jnp.int32),
       replays=_no_replays(rule, batch_like),
       key=jax.random.PRNGKey(seed) if select == 'random' else None,
-      inner_state=inner.init(params),
+      inner_state=inner_state,
       replay_state=_protocol.Unread(replayer.init(params)),
     )
 

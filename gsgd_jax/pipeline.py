@@ -29,13 +29,7 @@ def delayed_leaves(
   first = min(jax.tree.leaves(delay))
 
   def delays_of(params):
-    try:
-      return jax.tree.broadcast(delay, params)
-    except ValueError as e:
-      raise ValueError(
-        f'delay must have the structure of the parameters or a prefix of it, '
-        f'got {jax.tree.structure(delay)} for {jax.tree.structure(params)}'
-      ) from e
+    return _protocol.broadcast('delay', delay, params)
 
   def rings_of(params):
     if not jax.tree.leaves(params):  # Also what optax.tree.map_params puts in.

@@ -13,16 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gsgd_jax import _cluster, _protocol, _ring, clock
+from gsgd_jax import _cluster, _mean, _protocol, _ring, clock
 from gsgd_jax.arrivals import ArrivalProcess, checked, round_robin
-
-
-class RoundSums(NamedTuple):
-  """What a round of `synchronous` has collected so far, for its mean."""
-
-  updates: optax.Updates  # At least float32.
-  value: jax.Array  # shape=(), float.
-  batch: Any  # A leading axis of workers; None without `batch_like`.
 
 
 class Round(NamedTuple):
@@ -39,10 +31,11 @@ class SynchronousState(NamedTuple):
   """State of `synchronous`."""
 
   count: jax.Array  # shape=(), dtype=int32: gradients so far in this round.
+  updated: jax.Array  # shape=(), dtype=int32: updates so far in this round.
   clock: _protocol.Clock  # When the last round ended; see `simulated_time`.
   round: Round
   round_start: _protocol.ReadPoint | None  # 'sequential': what workers read.
-  sums: RoundSums | None  # 'mean': what was collected.
+  sums: _mean.Sums | None  # 'mean': what was collected.
   inner_state: optax.OptState
 
 
@@ -219,8 +212,11 @@ def _synchronous_sequential(settings):
 
   def init_fn(params):
     now, first = settings.begin()
+    inner_state = inner.init(params)
+    _protocol.check_per_worker('synchronous', settings.workers, inner_state)
     return SynchronousState(
       count=jnp.zeros([], jnp.int32),
+      updated=jnp.zeros([], jnp.int32),
       clock=now,
       round=first,
       round_start=None
@@ -230,7 +226,7 @@ def _synchronous_sequential(settings):
         jnp.zeros([], bool), jax.tree.map(jnp.copy, params)
       ),
       sums=None,
-      inner_state=inner.init(params),
+      inner_state=inner_state,
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -241,23 +237,27 @@ def _synchronous_sequential(settings):
       _protocol.checked_batch('synchronous', extra_args, settings.batch_like)
     this = settings.decided(state)
     extras = dict(
-      extra_args, staleness=state.count, worker=this.order[state.count]
+      extra_args, staleness=state.updated, worker=this.order[state.count]
     )
     if params is not None:
       extras['stale_params'] = _protocol.worker_params(params, state)
     new_updates, inner_state = inner.update(
       updates, state.inner_state, params, **extras
     )
+    one, refused = _protocol.accepted(state.inner_state, inner_state)
     count = (state.count + 1) % settings.wait_for
+    updated = jnp.where(count == 0, 0, state.updated + one)
     round_start = state.round_start
     if not alone:
       round_start = _protocol.ReadPoint(count > 0, extras['stale_params'])
     worker = extras['worker']
     counts = this.applied.by_worker
-    applied = _ring.write(counts, worker, _ring.read(counts, worker) + 1)
+    applied = _ring.write(
+      counts, worker, _ring.read(counts, worker) + 1 - refused
+    )
     now, this = settings.ended(state, this, count == 0, applied)
     return new_updates, SynchronousState(
-      count, now, this, round_start, None, inner_state
+      count, updated, now, this, round_start, None, inner_state
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -271,52 +271,25 @@ def _synchronous_mean(settings):
     now, first = settings.begin()
     return SynchronousState(
       count=jnp.zeros([], jnp.int32),
+      updated=jnp.zeros([], jnp.int32),
       # The unit of what is inside: a gradient of all batches as one.
       clock=now._replace(unit=clock.fixed(gradients)),
       round=first,
       round_start=None,
-      sums=RoundSums(
-        updates=jax.tree.map(
-          lambda p: jnp.zeros_like(
-            p, jnp.float32 if p.dtype.itemsize < 4 else p.dtype
-          ),
-          params,
-        ),
-        value=jnp.zeros([], _protocol.score_dtype()),
-        batch=_ring.empty(_protocol.abstract(batch_like), gradients),
-      ),
+      sums=_mean.nothing(params, batch_like, gradients),
       inner_state=inner.init(params),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    value = _protocol.scalar_value('synchronous', extra_args)
-    batch = None
-    if batch_like is not None:
-      batch = _protocol.checked_batch('synchronous', extra_args, batch_like)
-    first, last = state.count == 0, state.count == gradients - 1
-    sums = RoundSums(
-      updates=jax.tree.map(
-        lambda s, g: jnp.where(first, 0, s) + jnp.asarray(g, s.dtype),
-        state.sums.updates,
-        updates,
-      ),
-      value=jnp.where(first, 0, state.sums.value)
-      + (0 if value is None else value),
-      batch=_ring.write(state.sums.batch, state.count, batch),
+    last = state.count == gradients - 1
+    sums = _mean.added(
+      'synchronous', state.sums, state.count, updates, batch_like, extra_args
     )
-    mean = _ring.cast_like(
-      optax.tree.scale(1 / gradients, sums.updates), updates
-    )
-    extras = _protocol.other_extras(extra_args, mean)
-    extras['staleness'] = jnp.zeros([], jnp.int32)
+    mean, extras = _mean.packet(sums, gradients, updates, extra_args)
     if params is not None:
       extras['stale_params'] = _protocol.worker_params(
         params, state.inner_state
       )
-    if value is not None:
-      extras['value'] = sums.value / gradients
-    if batch is not None:
-      extras['batch'] = jax.tree.map(_join, sums.batch)
 
     def apply(carry):
       mean, inner_state = carry
@@ -332,6 +305,7 @@ def _synchronous_mean(settings):
     now, this = settings.ended(state, this, last, applied)
     return new_updates, SynchronousState(
       count=(state.count + 1) % gradients,
+      updated=state.updated,
       clock=now,
       round=this,
       round_start=None,
@@ -340,15 +314,6 @@ def _synchronous_mean(settings):
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _join(stacked):
-  """N arrays of shape (B, ...), stacked, as one of shape (N * B, ...)."""
-  if jnp.issubdtype(stacked.dtype, jax.dtypes.prng_key):
-    return stacked[0]
-  if stacked.ndim == 1:
-    return stacked
-  return stacked.reshape((-1, *stacked.shape[2:]))
 
 
 class DataParallelState(NamedTuple):

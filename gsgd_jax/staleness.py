@@ -73,8 +73,10 @@ def asynchronous(
     g_t = \nabla f(w_{t - \tau_t}; \text{batch})
 
   where the staleness :math:`\tau_t` counts the updates applied between the
-  worker's read and its gradient's arrival. With round-robin arrivals the
-  first N gradients have staleness 0, 1, ..., N-1 and every later one N-1.
+  worker's read and its gradient's arrival. (What :func:`drop_stale` or
+  :func:`rennala` inside refuse or only keep is no update.) With round-robin
+  arrivals the first N gradients have staleness 0, 1, ..., N-1 and every later
+  one N-1.
 
   Each call of ``update`` is given one gradient, taken at
   ``worker_params(params, state)``. It is put into the slot of the worker that
@@ -130,7 +132,8 @@ def asynchronous(
       ``max_ahead`` or ``sync_cost`` is out of its range, or ``max_ahead`` has
       to wait for workers that stop for good; ``batch_like`` is given and
       ``batch`` is missing or different; ``value`` is no scalar;
-      ``keep_params`` without parameters.
+      ``keep_params`` without parameters; :func:`dana` inside is made for fewer
+      workers.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -323,6 +326,8 @@ def _init(server, params):
   worker_state = server.transform.init(params)
   if not alone:
     worker_state = _ring.stack(worker_state, workers)
+  inner_state = server.inner.init(params)
+  _protocol.check_per_worker(server.who, workers, inner_state)
   # Every leaf is an array of its own: the state may be donated.
   zero = lambda: jnp.zeros([], jnp.int32)
   return AsynchronousState(
@@ -338,7 +343,7 @@ def _init(server, params):
     reading=jnp.ones([workers], bool) if bounded else None,
     in_flight=None if alone else _nothing_in_flight(server, params),
     worker_state=_protocol.Unread(worker_state),
-    inner_state=server.inner.init(params),
+    inner_state=inner_state,
   )
 
 
@@ -401,10 +406,11 @@ def _update_alone(server, updates, state, params, extra_args):
     **_extras(server, extra_args, arrived, zero, zero),
   )
   worker, now = _cluster.next_arrival(state.cluster)
+  one, refused = _protocol.accepted(state.inner_state, inner_state)
   return new_updates, state._replace(
     count=optax.safe_increment(state.count),
-    version=optax.safe_increment(state.version),
-    applied=_protocol.Applied(state.applied.by_worker + 1),
+    version=state.version + one,
+    applied=_protocol.Applied(state.applied.by_worker + 1 - refused),
     clock=state.clock._replace(time=now),
     cluster=_cluster.restarted(
       server.arrivals, state.cluster, worker, now, jnp.ones([], bool)
@@ -425,7 +431,7 @@ def _update(server, updates, state, params, extra_args):
   cluster = _cluster.restarted(
     server.arrivals, state.cluster, worker, now, arrives
   )
-  applies, counts = _counted(server, state, cluster, worker, now, arrives)
+  applies, losses = _reaches(server, state, cluster, worker, now, arrives)
   arrived = _ring.read(in_flight, worker)
   packet = _extras(
     server, extra_args, arrived, state.version - state.read_at[worker], worker
@@ -440,6 +446,7 @@ def _update(server, updates, state, params, extra_args):
     apply,
     (_ring.cast_like(arrived.updates, updates), state.inner_state),
   )
+  counts = _counted(state, inner_state, worker, applies)
   now = clock.where(arrives, now, state.clock.time)
   return new_updates, state._replace(
     count=optax.safe_increment(state.count),
@@ -451,6 +458,7 @@ def _update(server, updates, state, params, extra_args):
     worker_state=worker_state,
     inner_state=inner_state,
     **counts,
+    **losses,
   )
 
 
@@ -487,7 +495,7 @@ def _update_bounded(server, updates, state, params, extra_args):
     if server.overwrite_within is not None:
       following = _cluster.all_started(server.arrivals, cluster, reading, now)
     arrives = jnp.ones([], bool)
-    applies, counts = _counted(server, state, following, worker, now, arrives)
+    applies, losses = _reaches(server, state, following, worker, now, arrives)
     arrived = _ring.read(in_flight, worker)
     at = None if params is None else optax.apply_updates(params, total)
     packet = _extras(
@@ -503,12 +511,14 @@ def _update_bounded(server, updates, state, params, extra_args):
       apply,
       (_ring.cast_like(arrived.updates, updates), state.inner_state),
     )
+    counts = _counted(state, inner_state, worker, applies)
     return jax.tree.map(jnp.add, total, step), state._replace(
       clock=state.clock._replace(time=now),
       cluster=cluster,
       reading=reading,
       inner_state=inner_state,
       **counts,
+      **losses,
     )
 
   carry = (optax.tree.zeros_like(updates), state)
@@ -529,26 +539,33 @@ def _update_bounded(server, updates, state, params, extra_args):
   )
 
 
-def _counted(server, state, cluster, worker, now, arrives):
-  """Whether the arriving gradient is applied, and the counts after it."""
-  counts, applies = {}, arrives
+def _reaches(server, state, cluster, worker, now, arrives):
+  """Whether the arriving gradient reaches the server; and what got lost."""
+  losses, reaches = {}, arrives
   if state.lost is not None:
     lost = arrives & _ring.read(state.cluster.lost, worker)
-    counts['lost'] = state.lost + lost.astype(jnp.int32)
-    applies &= ~lost
+    losses['lost'] = state.lost + lost.astype(jnp.int32)
+    reaches &= ~lost
   if server.overwrite_within is not None:
-    overwritten = applies & _cluster.arrives_within(
+    overwritten = reaches & _cluster.arrives_within(
       cluster, now, clock.of(server.overwrite_within)
     )
-    counts['overwritten'] = state.overwritten + overwritten.astype(jnp.int32)
-    applies &= ~overwritten
-  one = applies.astype(jnp.int32)
-  counts['version'] = state.version + one
-  by_worker = _ring.read(state.applied.by_worker, worker) + one
-  counts['applied'] = _protocol.Applied(
-    _ring.write(state.applied.by_worker, worker, by_worker)
+    losses['overwritten'] = state.overwritten + overwritten.astype(jnp.int32)
+    reaches &= ~overwritten
+  return reaches, losses
+
+
+def _counted(state, inner_state, worker, reaches):
+  """The counts after a gradient that reached the server, or did not."""
+  one = reaches.astype(jnp.int32)
+  updates, refused = _protocol.accepted(state.inner_state, inner_state)
+  by_worker = _ring.read(state.applied.by_worker, worker) + one - refused
+  return dict(
+    version=state.version + one * updates,
+    applied=_protocol.Applied(
+      _ring.write(state.applied.by_worker, worker, by_worker)
+    ),
   )
-  return applies, counts
 
 
 def _received(server, updates, state, params, extra_args):

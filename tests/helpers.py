@@ -1,6 +1,7 @@
 """Problems, and the two ways to run them: the oracle's and the library's."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 from hypothesis import strategies as st
 
+import gsgd_jax
 from gsgd_jax import _protocol, worker_params
 from tests import reference
 
@@ -128,23 +130,6 @@ def look_ahead(learning_rate, horizon):
   return optax.GradientTransformation(init, update)
 
 
-def delay_compensated(inner, strength):
-  """Reads `stale_params`."""
-
-  def update(updates, state, params=None, *, stale_params, **extra):
-    corrected = jax.tree.map(
-      lambda g, w, s: g + strength * g * g * (w - s),
-      updates,
-      params,
-      stale_params,
-    )
-    return inner.update(
-      corrected, state, params, stale_params=stale_params, **extra
-    )
-
-  return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 def staleness_scaled(inner):
   """Reads `staleness` and, where it is given, `worker`."""
 
@@ -194,8 +179,8 @@ INNERS = {
     lambda: reference.LookAhead(0.05, 3.0), look_ahead(0.05, 3.0)
   ),
   'compensated': Inner(
-    lambda: reference.DelayCompensated(reference.LookAhead(0.05, 2.0), 0.3),
-    delay_compensated(_extra(look_ahead(0.05, 2.0)), 0.3),
+    lambda: reference.DelayCompensation(reference.LookAhead(0.05, 2.0), 0.3),
+    optax.chain(gsgd_jax.delay_compensation(0.3), look_ahead(0.05, 2.0)),
     frozenset({'stale_params'}),
   ),
   'scaled': Inner(
@@ -205,6 +190,140 @@ INNERS = {
   ),
 }
 inner_names = st.sampled_from(sorted(INNERS))
+
+
+# Compensations: what makes one for a problem and a number of workers.
+
+
+class Compensation(NamedTuple):
+  """A compensation for either side; functions of (problem, workers)."""
+
+  oracle: Callable  # -> a server
+  library: Callable  # -> a transformation
+  slim: float | None = None  # Nesterov momentum that each worker has itself.
+
+
+def _product(problem):
+  return getattr(reference, f'{problem.kind}_hessian_product')
+
+
+def _corrected(oracle, library, rate=0.02, momentum=0.5):
+  """A correction in front of heavy-ball momentum."""
+  return Compensation(
+    lambda problem, n: oracle(problem, n, reference.Sgd(rate, momentum)),
+    lambda problem, n: optax.chain(
+      library(problem, n), optax.sgd(rate, momentum=momentum)
+    ),
+  )
+
+
+def _exact(trust):
+  return _corrected(
+    lambda problem, n, inner: reference.ExactDelayCompensation(
+      inner, _product(problem), trust
+    ),
+    lambda problem, n: gsgd_jax.exact_delay_compensation(
+      problem.loss_fn, trust=trust
+    ),
+  )
+
+
+def _scaled(rule, **options):
+  workers = lambda n: {'workers': n // 2 + 1} if rule == 'adaptive' else {}
+  return _corrected(
+    lambda problem, n, inner: reference.ScaleByStaleness(
+      inner, rule, **workers(n), **options
+    ),
+    lambda problem, n: gsgd_jax.scale_by_staleness(
+      rule, **workers(n), **options
+    ),
+    rate=0.1,
+  )
+
+
+# One that wants no packet but `worker`, with the same arguments on both sides.
+def _momentum(oracle, library, *arguments):
+  return Compensation(
+    lambda problem, n: oracle(*(a(n) if callable(a) else a for a in arguments)),
+    lambda problem, n: library(
+      *(a(n) if callable(a) else a for a in arguments)
+    ),
+  )
+
+
+def _workers(n):
+  return n
+
+
+def _delay(n):
+  return n - 1
+
+
+COMPENSATIONS = {
+  'DC-ASGD-c': _corrected(
+    lambda problem, n, inner: reference.DelayCompensation(inner, 0.4),
+    lambda problem, n: gsgd_jax.delay_compensation(0.4),
+  ),
+  'DC-ASGD-a': _corrected(
+    lambda problem, n, inner: reference.AdaptiveDelayCompensation(
+      inner, 0.5, 0.9
+    ),
+    lambda problem, n: gsgd_jax.delay_compensation(
+      0.5, adaptive=True, decay=0.9
+    ),
+  ),
+  'batch-scaled': _corrected(
+    lambda problem, n, inner: reference.DelayCompensation(inner, 0.2, 3),
+    lambda problem, n: gsgd_jax.delay_compensation(0.2, batch_size=3),
+  ),
+  'exact': _exact(None),
+  'exact, clipped': _exact(0.3),
+  'staleness-aware': _scaled('inverse'),
+  'delay-adaptive': _scaled('adaptive'),
+  'polynomial': _scaled('polynomial', exponent=0.7),
+  'spike': _momentum(
+    reference.SpikeCompensation,
+    gsgd_jax.spike_compensation,
+    0.005,
+    _delay,
+    0.9,
+  ),
+  'braking': _momentum(
+    reference.AdaptiveBraking, gsgd_jax.adaptive_braking, 0.005, 0.9, 0.8
+  ),
+  'DANA': _momentum(reference.Dana, gsgd_jax.dana, 0.005, _workers, 0.9),
+  'DANA-DC': Compensation(
+    lambda problem, n: reference.DelayCompensation(
+      reference.Dana(0.005, n, 0.9), 0.4
+    ),
+    lambda problem, n: optax.chain(
+      gsgd_jax.delay_compensation(0.4), gsgd_jax.dana(0.005, n, 0.9)
+    ),
+  ),
+  'DANA-Slim': Compensation(
+    lambda problem, n: reference.Sgd(0.005),
+    lambda problem, n: optax.sgd(0.005),
+    slim=0.9,
+  ),
+  'SMEGA2': _momentum(reference.Smega2, gsgd_jax.smega2, 0.005, _workers, 0.9),
+  'predict': Compensation(
+    lambda problem, n: reference.Predict(reference.Sgd(0.005, 0.8), n - 1),
+    lambda problem, n: gsgd_jax.predict(optax.sgd(0.005, momentum=0.8), n - 1),
+  ),
+  'delayed Nesterov': _momentum(
+    reference.DelayedNesterov, gsgd_jax.delayed_nesterov, 0.05, _workers, 0.9
+  ),
+  'Ringmaster': Compensation(
+    lambda problem, n: reference.DropStale(reference.Sgd(0.02, 0.8), n // 2),
+    lambda problem, n: gsgd_jax.drop_stale(
+      optax.sgd(0.02, momentum=0.8), n // 2
+    ),
+  ),
+  'Rennala': Compensation(
+    lambda problem, n: reference.Rennala(reference.Sgd(0.02, 0.8), 3),
+    lambda problem, n: gsgd_jax.rennala(optax.sgd(0.02, momentum=0.8), 3),
+  ),
+}
 
 
 # The library's run.

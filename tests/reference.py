@@ -46,6 +46,15 @@ def quadratic_gradient(params, batch):
   return gradient / centres.size
 
 
+def quadratic_hessian_product(params, batch, direction):
+  centres, curvatures = batch
+  del params
+  product = np.zeros_like(direction)
+  for curvature in curvatures:
+    product += curvature * direction
+  return product / centres.size
+
+
 def logistic_loss(params, batch):
   inputs, labels = batch  # Labels are -1 or 1.
   total = 0.0
@@ -60,6 +69,15 @@ def logistic_gradient(params, batch):
   for x, y in zip(inputs, labels, strict=True):
     gradient += -y * x / (1.0 + math.exp(y * float(x @ params)))
   return gradient / len(labels)
+
+
+def logistic_hessian_product(params, batch, direction):
+  inputs, labels = batch
+  product = np.zeros_like(direction)
+  for x in inputs:  # A label's square is 1.
+    p = 1.0 / (1.0 + math.exp(-float(x @ params)))
+    product += p * (1 - p) * float(x @ direction) * x
+  return product / len(labels)
 
 
 # Optimizers.
@@ -123,23 +141,285 @@ class LookAhead:
     return params + self.last_step
 
 
-class DelayCompensated:
-  """DC-ASGD-c around a server; stands for whatever reads `stale_params`."""
+class Correction:
+  """A server that changes an arriving gradient for the server inside it."""
 
-  def __init__(self, inner, strength):
+  def __init__(self, inner):
     self.inner = inner
-    self.strength = strength
 
   def read(self, params):
     return self.inner.read(params)
 
   def apply(self, params, packet):
-    g = packet.gradient
-    drift = params - packet.stale_params
-    corrected = g + self.strength * g * g * drift
+    corrected = self.correct(params, packet)
     return self.inner.apply(
       params, dataclasses.replace(packet, gradient=corrected)
     )
+
+
+class DelayCompensation(Correction):
+  """DC-ASGD-c; `batch_size` for the batch-scaled form."""
+
+  def __init__(self, inner, lam, batch_size=1):
+    super().__init__(inner)
+    self.lam = lam * batch_size
+
+  def correct(self, params, packet):
+    g = packet.gradient
+    return g + self.lam * g * g * (params - packet.stale_params)
+
+
+class AdaptiveDelayCompensation(Correction):
+  """DC-ASGD-a."""
+
+  def __init__(self, inner, lam, decay):
+    super().__init__(inner)
+    self.lam, self.decay = lam, decay
+    self.mean_square = 0.0
+
+  def correct(self, params, packet):
+    g = packet.gradient
+    r = self.decay
+    self.mean_square = r * self.mean_square + (1 - r) * g * g
+    lam = self.lam / np.sqrt(self.mean_square + 1e-7)
+    return g + lam * g * g * (params - packet.stale_params)
+
+
+class ExactDelayCompensation(Correction):
+  """The arriving batch's own Hessian; `trust` None does not clip."""
+
+  def __init__(self, inner, hessian_product, trust):
+    super().__init__(inner)
+    self.hessian_product, self.trust = hessian_product, trust
+    self.products = 0
+
+  def correct(self, params, packet):
+    d = params - packet.stale_params
+    if not d.any():
+      return packet.gradient
+    self.products += 1
+    correction = self.hessian_product(packet.stale_params, packet.batch, d)
+    if self.trust is not None:
+      most = self.trust * np.linalg.norm(packet.gradient)
+      size = np.linalg.norm(correction)
+      if size > most:
+        correction = correction * (most / size)
+    return packet.gradient + correction
+
+
+class ScaleByStaleness(Correction):
+  """`rule` is 'inverse', 'adaptive' or 'polynomial'."""
+
+  def __init__(self, inner, rule, workers=None, exponent=None):
+    super().__init__(inner)
+    self.rule, self.workers, self.exponent = rule, workers, exponent
+
+  def correct(self, params, packet):
+    tau = packet.staleness
+    if self.rule == 'inverse':
+      return packet.gradient / max(tau, 1)
+    if self.rule == 'adaptive':
+      return packet.gradient * self.workers / max(self.workers, tau)
+    return packet.gradient * (1 + tau) ** -self.exponent
+
+
+class SpikeCompensation:
+  """Momentum that gives a late gradient at once what it has missed."""
+
+  def __init__(self, learning_rate, delay, momentum):
+    self.learning_rate, self.delay = learning_rate, delay
+    self.momentum = momentum
+    self.velocity = 0.0
+
+  def read(self, params):
+    return params
+
+  def apply(self, params, packet):
+    m, g = self.momentum, packet.gradient
+    self.velocity = m * self.velocity + g
+    share = m**self.delay
+    spike = sum(m**i for i in range(self.delay))  # (1 - m^D) / (1 - m)
+    step = share * self.velocity + spike * g
+    return params - self.learning_rate * step
+
+
+class AdaptiveBraking:
+  """Momentum that brakes gradients that agree with it."""
+
+  def __init__(self, learning_rate, momentum, strength):
+    self.learning_rate, self.momentum = learning_rate, momentum
+    self.strength = strength
+    self.velocity = None
+
+  def read(self, params):
+    return params
+
+  def apply(self, params, packet):
+    g = packet.gradient
+    if self.velocity is None:
+      self.velocity = np.zeros_like(g)
+    size = np.linalg.norm(g) * np.linalg.norm(self.velocity)
+    cosine = float(g @ self.velocity) / size if size > 0 else 0.0
+    self.velocity = self.momentum * self.velocity
+    self.velocity = self.velocity + (1 - self.strength * cosine) * g
+    return params - self.learning_rate * self.velocity
+
+
+# Acceptance: `updated` and `refused` say what became of the last gradient.
+
+
+class DropStale:
+  """Refuses what is older than `max_staleness`."""
+
+  def __init__(self, inner, max_staleness):
+    self.inner = inner
+    self.max_staleness = max_staleness
+    self.updated = self.refused = False
+
+  def read(self, params):
+    return self.inner.read(params)
+
+  def apply(self, params, packet):
+    self.refused = packet.staleness > self.max_staleness
+    self.updated = not self.refused
+    return params if self.refused else self.inner.apply(params, packet)
+
+
+class Rennala:
+  """The mean of every `size` gradients of the current parameters."""
+
+  def __init__(self, inner, size):
+    self.inner = inner
+    self.size = size
+    self.kept = []
+    self.updated = self.refused = False
+
+  def read(self, params):
+    return self.inner.read(params)
+
+  def apply(self, params, packet):
+    self.refused, self.updated = packet.staleness > 0, False
+    if self.refused:
+      return params
+    self.kept.append(packet)
+    if len(self.kept) < self.size:
+      return params
+    self.updated = True
+    kept, self.kept = self.kept, []
+    return self.inner.apply(
+      params,
+      dataclasses.replace(
+        packet,
+        gradient=sum(p.gradient for p in kept) / self.size,
+        value=sum(p.value for p in kept) / self.size,
+        batch=tuple(
+          np.concatenate([p.batch[i] for p in kept])
+          for i in range(len(packet.batch))
+        ),
+      ),
+    )
+
+
+# Predictors.
+
+
+class Dana:
+  """A momentum for each worker, which reads ahead of all of them."""
+
+  def __init__(self, learning_rate, workers, momentum):
+    self.learning_rate, self.momentum = learning_rate, momentum
+    self.velocities = [0.0] * workers
+
+  def read(self, params):
+    return params - self.learning_rate * self.momentum * sum(self.velocities)
+
+  def apply(self, params, packet):
+    i = packet.worker
+    self.velocities[i] = self.momentum * self.velocities[i] + packet.gradient
+    return params - self.learning_rate * self.velocities[i]
+
+
+class Smega2:
+  """One momentum for all workers, which read a round ahead."""
+
+  def __init__(self, learning_rate, workers, momentum):
+    self.learning_rate, self.workers = learning_rate, workers
+    self.momentum = momentum
+    self.velocity, self.gradients, self.collected = 0.0, 0.0, 0
+
+  def read(self, params):
+    ahead = Smega2(self.learning_rate, self.workers, self.momentum)
+    ahead.velocity, ahead.gradients = self.velocity, self.gradients
+    ahead.collected = self.collected
+    for _ in range(self.workers):
+      params = ahead.apply(params, Packet(0.0, 0.0, None))
+    return params
+
+  def apply(self, params, packet):
+    g = packet.gradient
+    params = params - self.learning_rate * (g + self.momentum * self.velocity)
+    self.gradients = self.gradients + g
+    self.collected += 1
+    if self.collected == self.workers:
+      mean = self.gradients / self.workers
+      self.velocity = self.momentum * self.velocity + mean
+      self.gradients, self.collected = 0.0, 0
+    return params
+
+
+class Predict:
+  """Workers read ahead along the last update of any server."""
+
+  def __init__(self, inner, horizon):
+    self.inner, self.horizon = inner, horizon
+    self.last_step = 0.0
+
+  def read(self, params):
+    return params + self.horizon * self.last_step
+
+  def apply(self, params, packet):
+    after = self.inner.apply(params, packet)
+    self.last_step = after - params
+    return after
+
+
+class DelayedNesterov:
+  """Plain steps, and momentum once a round."""
+
+  def __init__(self, learning_rate, workers, momentum):
+    self.learning_rate, self.workers = learning_rate, workers
+    self.momentum = momentum
+    self.velocity, self.collected = 0.0, []
+
+  def read(self, params):
+    return params
+
+  def apply(self, params, packet):
+    n, b, g = self.workers, self.momentum, packet.gradient
+    self.collected.append(g)
+    step = g / n
+    if len(self.collected) == n:
+      self.velocity = b * self.velocity + sum(self.collected) / n
+      self.collected = []
+      step = b * self.velocity + g / n
+    return params - self.learning_rate * step
+
+
+class AsynchronousNesterov:
+  """As published: with a look-ahead, which is where workers read."""
+
+  def __init__(self, learning_rate, momentum):
+    self.learning_rate, self.momentum = learning_rate, momentum
+    self.last_step = 0.0
+
+  def read(self, params):
+    return params + self.momentum * self.last_step
+
+  def apply(self, params, packet):
+    c = self.momentum
+    gradient = self.learning_rate * (1 - c) * packet.gradient
+    self.last_step = c * self.last_step - gradient
+    return params + self.last_step
 
 
 class StalenessScaled:
@@ -431,8 +711,8 @@ class Run:
 
   trajectory: list  # The parameters before every batch is taken but the first N
   clock: list  # and when that was.
-  packets: list  # What was applied.
-  arrivals: list  # (time, worker, 'applied', 'lost' or 'overwritten').
+  packets: list  # What reached the server.
+  arrivals: list  # (time, worker, 'applied', 'refused', 'lost', 'overwritten').
   crew: list  # The workers at the end.
 
 
@@ -445,6 +725,7 @@ def asynchronous(
   batches: Sequence[object],
   cluster=None,
   worker_momentum: float | None = None,
+  worker_nesterov: bool = False,
   overwrite_within: int | None = None,
   max_ahead: int | None = None,
 ) -> Run:
@@ -500,7 +781,9 @@ def asynchronous(
     worker.tasks += 1
     waiting.append(index)
     waiting.sort()
-    packet = _packet(worker, index, version, loss, gradient, worker_momentum)
+    packet = _packet(
+      worker, index, version, loss, gradient, worker_momentum, worker_nesterov
+    )
     fate = 'lost' if worker.lost else 'applied'
     if fate == 'applied' and overwrite_within is not None:
       following = [t for t, i in heap if not run.crew[i].lost]
@@ -514,14 +797,18 @@ def asynchronous(
     if fate == 'applied':
       params = server.apply(params, packet)
       run.packets.append(packet)
-      version += 1
+      # Of what may refuse gradients; who refuses or only keeps ages nobody.
+      if getattr(server, 'refused', False):
+        run.arrivals[-1] = (now, index, 'refused')
+      version += getattr(server, 'updated', True)
 
 
-def _packet(worker, index, version, loss, gradient, momentum):
+def _packet(worker, index, version, loss, gradient, momentum, nesterov):
   """What a worker brings; with a momentum of its own if it has one."""
   g = gradient(worker.params, worker.batch)
   if momentum is not None:
-    g = worker.velocity = momentum * worker.velocity + g
+    velocity = worker.velocity = momentum * worker.velocity + g
+    g = momentum * velocity + g if nesterov else velocity
   return Packet(
     gradient=g,
     value=loss(worker.params, worker.batch),
@@ -631,16 +918,18 @@ def synchronous(
       trajectory.append(params)
       packets.append(packet)
       continue
+    updates = 0
     for index, worker in enumerate(fastest):
       packet = Packet(
         gradient=gradients[index],
         value=values[index],
         batch=crew[index],
-        staleness=index,
+        staleness=updates,
         worker=worker,
         stale_params=read,
       )
       params = server.apply(params, packet)
+      updates += getattr(server, 'updated', True)
       trajectory.append(params)
       packets.append(packet)
   return trajectory, packets, clock
