@@ -4,6 +4,7 @@ They ship with optax. Each looks its optimizer up by name in `optax.contrib`,
 so ours take the place of one: `momo`, which they give a `value`.
 """
 
+import itertools
 import unittest
 from unittest import mock
 
@@ -91,11 +92,50 @@ ALL_WRAPPERS = WRAPPERS | {
 }
 
 
-def factory_of(base, wrap):
-  """A factory as optax has them; the learning rate alone is injectable."""
+def late(make):
+  """A compensation inside four workers, with all they have to tell it."""
+  batch = jnp.array([0.5], jnp.float32)
 
   def factory(learning_rate: optax.ScalarOrSchedule):
-    return wrap(BASE[base](learning_rate))
+    tx = gsgd_jax.asynchronous(
+      make(learning_rate), 4, keep_params=True, batch_like=batch
+    )
+    return with_batch(tx, batch)
+
+  return factory
+
+
+def correcting(correction):
+  return lambda rate: optax.chain(correction, optax.sgd(rate))
+
+
+COMPENSATIONS = {
+  name: late(make)
+  for name, make in {
+    'DC-ASGD-c': correcting(gsgd_jax.delay_compensation()),
+    'DC-ASGD-a': correcting(gsgd_jax.delay_compensation(adaptive=True)),
+    'exact': correcting(gsgd_jax.exact_delay_compensation(distance)),
+    'staleness': correcting(gsgd_jax.scale_by_staleness('polynomial')),
+    'spike': lambda rate: gsgd_jax.spike_compensation(rate, 3),
+    'braking': gsgd_jax.adaptive_braking,
+    'dana': lambda rate: gsgd_jax.dana(rate, 4),
+    'smega2': lambda rate: gsgd_jax.smega2(rate, 4),
+    'predict': lambda rate: gsgd_jax.predict(optax.sgd(rate), 3),
+    'delayed Nesterov': lambda rate: gsgd_jax.delayed_nesterov(rate, 4),
+    'asynchronous Nesterov': gsgd_jax.asynchronous_nesterov,
+    'drop_stale': lambda rate: gsgd_jax.drop_stale(optax.sgd(rate), 1),
+    'rennala': lambda rate: gsgd_jax.rennala(optax.sgd(rate), 2),
+  }.items()
+}
+
+
+def factory_of(base, wrapper):
+  """A factory as optax has them; the learning rate alone is injectable."""
+  if base is None:
+    return COMPENSATIONS[wrapper]
+
+  def factory(learning_rate: optax.ScalarOrSchedule):
+    return ALL_WRAPPERS[wrapper](BASE[base](learning_rate))
 
   return factory
 
@@ -105,7 +145,7 @@ def run(test, base, wrapper, learning_rate=1e-2, **case):
   parametrised = getattr(common.ContribTest, test + '0', None)
   if not hasattr(parametrised, '__wrapped__'):
     pytest.skip(f'this optax has no {test} that takes its case as arguments')
-  factory = factory_of(base, ALL_WRAPPERS[wrapper])
+  factory = factory_of(base, wrapper)
   with mock.patch.object(optax.contrib, NAME, factory, create=True):
     try:
       parametrised.__wrapped__(
@@ -133,8 +173,13 @@ def test_converges(wrapper, target):
   )
 
 
-@pytest.mark.parametrize('wrapper', ALL_WRAPPERS)
-@pytest.mark.parametrize('base', BASE)
+@pytest.mark.parametrize(
+  'base, wrapper',
+  [
+    *itertools.product(BASE, ALL_WRAPPERS),
+    *((None, name) for name in COMPENSATIONS),
+  ],
+)
 class TestEverything:
   """The cheap tests of optax."""
 
