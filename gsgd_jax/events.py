@@ -14,7 +14,23 @@ PARALLEL = (
   'delayed',
   'data_parallel',
 )
-# Guidance, and how it is said.
+# Compensations and guidance, and how they are said.
+COMPENSATIONS = {
+  'delay_compensation': 'DC-ASGD',
+  'exact_delay_compensation': 'exact DC',
+  'scale_by_staleness': 'staleness-aware',
+  'adaptive_braking': 'adaptive braking',
+  'spike_compensation': 'spike compensation',
+  'drop_stale': 'Ringmaster',
+  'rennala': 'Rennala',
+  'dana': 'DANA',
+  'dana_slim': 'DANA-Slim',
+  'dana_dc': 'DANA-DC',
+  'smega2': 'SMEGA2',
+  'predict': 'weight prediction',
+  'asynchronous_nesterov': 'asynchronous Nesterov',
+  'delayed_nesterov': 'delayed Nesterov',
+}
 GUIDANCE = {
   'consistent': 'guided',
   'random': 'random replays',
@@ -25,19 +41,22 @@ GUIDANCE = {
 
 
 class Method(NamedTuple):
-  """A row of the comparison: where gradients come from, and guidance."""
+  """A row of the comparison: where gradients come from, and what is done."""
 
   name: str
   parallel: str
+  compensation: str | None  # By its name in `compensations`.
   select: str | None  # Guided SGD's selection; None is no guidance.
 
   @property
   def label(self) -> str:
     """What it is called in tables and pictures."""
-    label = self.parallel.replace('_', ' ')
-    if self.select is None:
-      return label
-    return f'{label}, {GUIDANCE[self.select]}'
+    words = [self.parallel.replace('_', ' ')]
+    if self.compensation is not None:
+      words.append(COMPENSATIONS[self.compensation])
+    if self.select is not None:
+      words.append(GUIDANCE[self.select])
+    return ', '.join(words)
 
 
 def methods(config: ml_collections.ConfigDict) -> list[Method]:
@@ -52,19 +71,38 @@ def methods(config: ml_collections.ConfigDict) -> list[Method]:
     names = [f'{config.parallel}{guidance}']
   if not names:
     raise ValueError(f'methods must name at least one of {", ".join(PARALLEL)}')
+  found = [method_named(name, config.compensation) for name in names]
+  names = [method.name for method in found]
   for name in names:
     if names.count(name) > 1:
       raise ValueError(f'methods must differ, got {name} twice')
-  return [method_named(name) for name in names]
+  return found
 
 
-def method_named(name: str) -> Method:
-  """The method of a name, PARALLEL or PARALLEL+GUIDANCE."""
-  parallel, plus, select = name.partition('+')
+def method_named(name: str, compensation: str | None = None) -> Method:
+  """The method of a name, PARALLEL[+COMPENSATION][+GUIDANCE].
+
+  Args:
+    name: Its name.
+    compensation: That of methods whose names say none, or None.
+  """
+  parallel, *rest = name.split('+')
   settings.one_of('a method', parallel, PARALLEL)
-  if plus:
-    settings.one_of(f'the guidance of {name}', select, GUIDANCE)
-  return Method(name, parallel, select if plus else None)
+  if compensation is not None:
+    settings.one_of('compensation', compensation, COMPENSATIONS)
+  known = {**COMPENSATIONS, **GUIDANCE}
+  if rest and rest[0] in COMPENSATIONS:
+    compensation, known = rest.pop(0), GUIDANCE
+  select = None
+  if rest:
+    settings.one_of(f'what follows + in {name}', rest[0], known)
+    select = rest.pop(0)
+  if rest:
+    raise ValueError(
+      f'a method is PARALLEL[+COMPENSATION][+GUIDANCE], got {name}'
+    )
+  parts = [p for p in (parallel, compensation, select) if p is not None]
+  return Method('+'.join(parts), parallel, compensation, select)
 
 
 class Started(NamedTuple):
@@ -113,6 +151,7 @@ class Evaluation(NamedTuple):
   applied: np.ndarray  # Updates of the server so far, replays aside.
   overwritten: np.ndarray  # Gradients so far.
   lost: np.ndarray  # Likewise, by failures.
+  refused: np.ndarray  # Likewise, by a compensation.
 
 
 MEASURED = Evaluation._fields[4:]
@@ -155,6 +194,7 @@ class History(NamedTuple):
   applied: np.ndarray
   overwritten: np.ndarray
   lost: np.ndarray
+  refused: np.ndarray
 
 
 class Results:

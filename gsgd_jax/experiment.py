@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from gsgd_jax import (
+  compensations,
   data,
   events,
   models,
@@ -35,6 +36,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   """
   settings.check(config)
   named = events.methods(config)
+  compensations.check_arguments_are_used(config)
   for method in named:
     _check_guidance(config, method)
   dataset = _load(config, 0)
@@ -47,8 +49,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
   for seed in range(1, config.seeds):
     _load(config, seed)
-  rate = transformation.learning_rate(config)
-  optimizers.check_rates(config.schedule, rate, config.updates)
+  for method in named:
+    rate = transformation.learning_rate(config, method)
+    optimizers.check_rates(config.schedule, rate, config.updates)
   model = make_model(config, dataset)
   params = jax.eval_shape(model.init, jax.random.key(0))
   batch_like = transformation.batch_like_of(config, named[0], dataset)
@@ -64,6 +67,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for method in named:
     batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
+    if method.compensation is not None:
+      _check_compensation(config, method, tx, params, batch_like)
     _check_memory(config, method, jax.eval_shape(tx.init, params), params)
     _check_trace(config, method)
 
@@ -86,6 +91,25 @@ def _check_guidance(config, method):
       f'{method.name} would replay nothing, as replays={replays} and '
       f'window={config.window}'
     )
+
+
+def _check_compensation(config, method, tx, params, batch_like):
+  """A compensation that cannot be used with the other settings."""
+  stored = method.select is not None and config.stored_gradients
+  if stored and method.compensation in compensations.NEED_STALE_PARAMS:
+    raise ValueError(
+      f'{method.name}: {method.compensation} needs to know where a gradient '
+      'was taken, and replays of stored gradients do not; leave '
+      'stored_gradients=False'
+    )
+  optimizers.dry_run(
+    tx,
+    params,
+    f'{config.optimizer} with compensation {method.compensation}',
+    value=jax.ShapeDtypeStruct([], jnp.float32),
+    batch=batch_like,
+    arrival=jax.ShapeDtypeStruct([], jnp.int32),
+  )
 
 
 def _check_trace(config, method):

@@ -114,25 +114,45 @@ def make(
   def at(value):
     rated = {} if value is None else {rate: value}
     try:
-      tx = factory(**rated, **kwargs)
+      return factory(**rated, **kwargs)
     except Exception as e:  # Whatever it raises, it is the arguments.
       raise _refusal(f'optimizer {name}', e) from e
-    return optax.with_extra_args_support(tx)
 
-  scheduled = callable(learning_rate)
-  if scheduled and name in _UNSCHEDULED:
+  if callable(learning_rate) and name in _UNSCHEDULED:
     raise ValueError(
       f'optimizer {name} looks at its rate once, in the beginning: it takes '
       'no schedule and no warm-up'
     )
-  fixed = at(learning_rate(0) if scheduled else learning_rate)
+  return driven(at, learning_rate, f'optimizer {name}')
+
+
+def driven(
+  at: Callable[[Any], optax.GradientTransformation],
+  learning_rate: float | Callable[[jax.Array], jax.Array] | None,
+  who: str,
+) -> optax.GradientTransformationExtraArgs:
+  """An optimizer whose rate follows the arrival count.
+
+  Args:
+    at: The optimizer at a learning rate.
+    learning_rate: As in `make`.
+    who: What it is called in errors.
+
+  Returns:
+    A transformation; with a schedule it wants the extra argument ``arrival``.
+  """
+  scheduled = callable(learning_rate)
+  fixed = optax.with_extra_args_support(
+    at(learning_rate(0) if scheduled else learning_rate)
+  )
 
   def update_fn(updates, state, params=None, *, arrival=None, **extra_args):
     tx = fixed
     if scheduled:
       if arrival is None:
-        raise ValueError(f'optimizer {name} with a schedule needs arrival=...')
-      tx = at(jnp.asarray(learning_rate(arrival), jnp.float32))
+        raise ValueError(f'{who} with a schedule needs arrival=...')
+      rate = jnp.asarray(learning_rate(arrival), jnp.float32)
+      tx = optax.with_extra_args_support(at(rate))
     return tx.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(fixed.init, update_fn)

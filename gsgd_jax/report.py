@@ -195,11 +195,38 @@ def sentences(
   said = [h.message + '.' for h in histories.values() if h.message is not None]
   said += [s for h in histories.values() for s in _not_applied(h)]
 
-  def compare(name, other, text):
-    difference = _difference(histories, name, other)
+  named = {h.method[1:]: name for name, h in histories.items()}
+
+  def compare(method, other, text):
+    difference = _difference(histories, named.get(method), named.get(other))
     if difference is not None:
       said.append(text.format(_signed(difference)) + _verdict(difference) + '.')
 
+  costs = _costs(config)
+  for parallel in events.PARALLEL:
+    for compensation in (None, *events.COMPENSATIONS):
+      plain = (parallel, compensation, None)
+      if parallel in costs:
+        text = f'{costs[parallel]} test accuracy by {{}} points'
+        compare(plain, ('sequential', compensation, None), text)
+      training = f'{parallel} training'
+      if compensation is not None:
+        label = events.COMPENSATIONS[compensation]
+        text = f'{label} changes the accuracy of {training} by {{}} points'
+        compare(plain, (parallel, None, None), text)
+        training += f' with {label}'
+      for select, who in _GUIDING.items():
+        text = f'{who} the accuracy of {training} by {{}} points'
+        compare((parallel, compensation, select), plain, text)
+      guided, random = (
+        (parallel, compensation, select) for select in ('consistent', 'random')
+      )
+      compare(guided, random, 'Guided less random replays: {} points')
+  return said
+
+
+def _costs(config):
+  """What parallel training changes, in words."""
   rounds = f'Synchronous rounds of {config.workers} workers'
   if config.wait_for is not None:
     rounds += f', {config.wait_for} of them waited for,'
@@ -213,16 +240,7 @@ def sentences(
       f'Batches of {config.split_batch_size}, split over {config.workers} '
       'workers, change'
     )
-  for parallel in events.PARALLEL:
-    if parallel in costs:
-      text = f'{costs[parallel]} test accuracy by {{}} points'
-      compare(parallel, 'sequential', text)
-    for select, who in _GUIDING.items():
-      text = f'{who} the accuracy of {parallel} training by {{}} points'
-      compare(f'{parallel}+{select}', parallel, text)
-    guided, random = f'{parallel}+consistent', f'{parallel}+random'
-    compare(guided, random, 'Guided less random replays: {} points')
-  return said
+  return costs
 
 
 def _not_applied(history):
@@ -232,8 +250,12 @@ def _not_applied(history):
   counts = {
     'were overwritten by others': history.overwritten[-1].sum(),
     'were lost with a worker that failed': history.lost[-1].sum(),
+    'were refused as too stale': history.refused[-1].sum(),
   }
   arrived = history.applied[-1].sum() + sum(counts.values())
+  last = chosen(history, 'last')
+  if history.method.compensation == 'rennala' and last is not None:
+    arrived = last.step.sum()  # Several are applied as one.
   for what, count in counts.items():
     if count:
       share = f'{100 * count / arrived:.2g} %'
@@ -274,6 +296,7 @@ def _of_method(history, config):
   return {
     'label': history.method.label,
     'parallel': history.method.parallel,
+    'compensation': history.method.compensation,
     'guidance': history.method.select,
     'status': history.status,
     'message': history.message,
@@ -283,6 +306,7 @@ def _of_method(history, config):
     'applied': last(history.applied),
     'overwritten': last(history.overwritten),
     'lost': last(history.lost),
+    'refused': last(history.refused),
     'staleness': _of_staleness(history, config),
     'worker_shares': None
     if history.arrivals is None

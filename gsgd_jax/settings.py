@@ -17,6 +17,22 @@ ARRIVALS = (
   'speeds',
   'recorded',
 )
+COMPENSATIONS = (
+  'delay_compensation',
+  'exact_delay_compensation',
+  'scale_by_staleness',
+  'drop_stale',
+  'rennala',
+  'dana',
+  'dana_slim',
+  'dana_dc',
+  'smega2',
+  'predict',
+  'spike_compensation',
+  'adaptive_braking',
+  'asynchronous_nesterov',
+  'delayed_nesterov',
+)
 REPLAY_MODELS = ('serial', 'parallel', 'shared')
 
 
@@ -45,10 +61,10 @@ def default_config() -> ml_collections.ConfigDict:
   # Model.
   config.model = 'mlp'  # Or 'softmax_regression'.
   config.hidden = (64,)  # Units of each hidden layer.
-  # Methods, side by side: each PARALLEL or PARALLEL+GUIDANCE, with PARALLEL
-  # sequential, synchronous, asynchronous, delayed or data_parallel, and
-  # GUIDANCE consistent (guided SGD), random, hardest, inconsistent or surprise
-  # (its controls).
+  # Methods, side by side: each PARALLEL[+COMPENSATION][+GUIDANCE], with
+  # PARALLEL sequential, synchronous, asynchronous, delayed or data_parallel,
+  # COMPENSATION as below, and GUIDANCE consistent (guided SGD), random,
+  # hardest, inconsistent or surprise (its controls).
   config.methods = (
     'sequential',
     'asynchronous',
@@ -57,6 +73,17 @@ def default_config() -> ml_collections.ConfigDict:
   )
   config.parallel = config_dict.placeholder(str)  # One method alone, instead,
   config.guidance = config_dict.placeholder(str)  # and its guidance, if any.
+  # What is done about stale gradients by all methods that name nothing else,
+  # and its arguments: delay_compensation, exact_delay_compensation,
+  # scale_by_staleness, drop_stale, rennala, dana, dana_slim, dana_dc, smega2,
+  # predict, spike_compensation, adaptive_braking, asynchronous_nesterov or
+  # delayed_nesterov. Numbers of workers and delays follow from the cluster; one
+  # argument is a learning_rate of its own. With several compensations side by
+  # side: compensation_kwargs.NAME.ARGUMENT.
+  config.compensation = config_dict.placeholder(str)
+  config.compensation_kwargs = ml_collections.ConfigDict(
+    {name: {} for name in COMPENSATIONS}
+  )
   config.workers = 16
   config.delay = 15  # Of 'delayed', in updates.
   config.combine = 'sequential'  # Rounds of 'synchronous'; or 'mean'.
@@ -156,7 +183,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     _text(config, name)
   for name in ('schedule', 'arrivals', 'replay_model'):
     _text(config, name)
-  for name in ('target', 'parallel', 'guidance', 'compilation_cache', 'trace'):
+  for name in ('target', 'parallel', 'guidance', 'compensation'):
+    _text(config, name, optional=True)
+  for name in ('compilation_cache', 'trace'):
     _text(config, name, optional=True)
   for name in ('workers', 'batch_size', 'seeds', 'updates', 'evaluate_every'):
     _integer(config, name, 1)
@@ -273,7 +302,7 @@ def _sequences(config):
       )
   if any(not isinstance(m, str) for m in config.methods):
     raise ValueError(f'methods must hold names, got {tuple(config.methods)}')
-  for name in ('optimizer_kwargs', 'schedule_kwargs'):
+  for name in ('optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs'):
     if not isinstance(config[name], (ml_collections.ConfigDict, dict)):
       _fail(config, name, 'a dict of arguments', False)
     for argument, value in config[name].items():

@@ -52,7 +52,8 @@ class _Cluster(NamedTuple):
   applied: Any  # What `worker_shares` reads; None where nobody counts.
   overwritten: jax.Array
   lost: jax.Array
-  replays: jax.Array
+  refused: jax.Array
+  extra_gradients: jax.Array  # Of the server: replays, and corrections.
 
 
 class _Carry(NamedTuple):
@@ -225,7 +226,7 @@ class _Reports:
     config, cluster = self._config, totals.cluster
     joined = transformation.joined(config, self._method)
     taken = transformation.gradients_taken(config, self._method, calls)
-    measured['gradient_evaluations'] = taken + joined * cluster.replays
+    measured['gradient_evaluations'] = taken + joined * cluster.extra_gradients
     measured['simulated_time'] = simulated_time(cluster.clock)
     measured['staleness'] = _ratio(*self._recent)
     self._recent = np.zeros_like(self._recent)
@@ -234,6 +235,7 @@ class _Reports:
     measured['applied'] = cluster.record.count
     measured['overwritten'] = cluster.overwritten
     measured['lost'] = cluster.lost
+    measured['refused'] = cluster.refused
     measured = self._stopping.frozen(measured | _arrivals(cluster)).copy()
     mean, histogram, shares = (
       measured.pop(name) for name in events.Arrivals._fields
@@ -475,25 +477,28 @@ def _programs(config, method, model, datasets):
 
 def _counted(state):
   """What is counted in a state, small enough for the host."""
-  clocks, replays, records, applied = (
+  clocks, replays, gradients, records, applied, acceptance = (
     _protocol.announced(state, kind)
     for kind in (
       _protocol.Clock,
       _protocol.Replays,
+      _protocol.ServerGradients,
       diagnostics.StalenessRecord,
       _protocol.Applied,
+      _protocol.Acceptance,
     )
   )
   zero = jnp.zeros([], jnp.int32)
   counts = (getattr(state, name, None) for name in ('overwritten', 'lost'))
   overwritten, lost = (zero if n is None else n for n in counts)
   return _Cluster(
-    clock=(clocks, replays),
+    clock=(clocks, replays, gradients),
     record=records[0]._replace(inner_state=None),
     applied=applied[0] if applied else None,
     overwritten=overwritten,
     lost=lost,
-    replays=_replays(state),
+    refused=acceptance[0].refused if acceptance else zero,
+    extra_gradients=sum((g.count for g in gradients), _replays(state)),
   )
 
 

@@ -13,6 +13,7 @@ from gsgd_jax import (
   ArrivalProcess,
   Trace,
   asynchronous,
+  compensations,
   data,
   data_parallel,
   delayed,
@@ -55,16 +56,20 @@ def batch_like_of(
 
 
 def learning_rate(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, method: events.Method | None = None
 ) -> float | Callable[[Any], Any] | None:
-  """The learning rate, or the schedule of it, over arrivals."""
-  if config.learning_rate is None:
+  """The learning rate of a method, or the schedule of it, over arrivals."""
+  rate = config.learning_rate
+  if method is not None and method.compensation is not None:
+    arguments = compensations.arguments_of(config, method.compensation)
+    rate = arguments.get('learning_rate', rate)
+  if rate is None:
     if config.schedule != 'constant' or config.warmup:
       raise ValueError('a schedule and a warm-up need a learning_rate')
     return None
   return optimizers.make_schedule(
     config.schedule,
-    config.learning_rate,
+    rate,
     config.updates,
     _plain(config.schedule_kwargs),
     config.warmup,
@@ -72,11 +77,15 @@ def learning_rate(
 
 
 def make_optimizer(
-  config: ml_collections.ConfigDict, loss_fn: Callable
+  config: ml_collections.ConfigDict,
+  loss_fn: Callable,
+  method: events.Method | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """The server's optimizer, which every method shares."""
+  """The server's optimizer, which every method shares, at a method's rate."""
   tx = optimizers.make(
-    config.optimizer, learning_rate(config), _plain(config.optimizer_kwargs)
+    config.optimizer,
+    learning_rate(config, method),
+    _plain(config.optimizer_kwargs),
   )
   return optimizers.with_value_fn(tx, loss_fn)
 
@@ -132,7 +141,8 @@ def make_transformation(
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of a method: any optimizer, guided or not, delayed."""
-  tx = make_optimizer(config, loss_fn)
+  parts = compensation_of(config, method, loss_fn, batch_like)
+  tx = _compensated(config, method, parts, loss_fn)
   if method.select is not None:
     tx = guided(
       tx,
@@ -142,22 +152,109 @@ def make_transformation(
       revisit=0 if config.stored_gradients else config.revisit,
       select=method.select,
       average_scores=config.average_scores,
+      replay_with=_replay_with(config, method, parts),
       replay_model=config.replay_model,
-      batch_like=_arriving(config, method, batch_like),
+      batch_like=_joined_batch(
+        _arriving(config, method, batch_like), parts.joined
+      ),
       seed=seed,
     )
   tx = record_staleness(tx, BINS, bin_width(config))
-  return _emulated(config, method, tx, batch_like, seed)
+  if parts.acceptance is not None:  # What is refused reaches nothing inside.
+    tx = parts.acceptance(tx)
+  return _emulated(config, method, tx, parts, batch_like, seed)
 
 
-def _emulated(config, method, tx, batch_like, seed):
+def compensation_of(
+  config: ml_collections.ConfigDict,
+  method: events.Method,
+  loss_fn: Callable,
+  batch_like: Any,
+) -> compensations.Parts:
+  """What a method's compensation puts where."""
+  name = method.compensation
+  if name is None:
+    return compensations.Parts()
+  if name in compensations.OPTIMIZERS:
+    _check_own_optimizer(config, name)
+  if name in compensations.PER_WORKER and method.parallel == 'delayed':
+    raise ValueError(
+      f'{method.name}: {name} has a momentum for each worker, and delayed has '
+      f'no workers; use asynchronous with workers={config.delay + 1}'
+    )
+  rounds = method.parallel == 'synchronous' and config.combine == 'sequential'
+  if name == 'dana_slim' and rounds and config.workers > 1:
+    raise ValueError(
+      f'{method.name}: the workers of synchronous have no momentum of their '
+      'own; use dana, or asynchronous'
+    )
+  return compensations.parts_of(
+    name,
+    compensations.arguments_of(config, name),
+    compensations.Cluster(
+      workers=_stale_workers(config, method),
+      loss_fn=loss_fn,
+      batch_like=_arriving(config, method, batch_like),
+      own_transform=method.parallel in ('asynchronous', 'sequential'),
+    ),
+  )
+
+
+def _check_own_optimizer(config, name):
+  if config.optimizer != 'sgd' or config.optimizer_kwargs:
+    raise ValueError(
+      f'compensation {name} is an optimizer of its own: leave optimizer=sgd '
+      f'alone, got {config.optimizer}{shown_kwargs(config)}'
+    )
+
+
+def _stale_workers(config, method):
+  """How many workers' gradients make one another stale."""
+  if method.parallel == 'asynchronous':
+    return config.workers
+  if method.parallel == 'delayed':
+    return config.delay + 1
+  if method.parallel == 'synchronous' and config.combine == 'sequential':
+    return config.workers
+  return 1
+
+
+def _compensated(config, method, parts, loss_fn):
+  """The server's optimizer, with what a compensation puts around it."""
+  if parts.optimizer is None:
+    tx = make_optimizer(config, loss_fn, method)
+  else:
+    tx = compensations.optimizer_of(
+      parts, method.compensation, learning_rate(config, method)
+    )
+  if parts.prediction is not None:
+    tx = parts.prediction(tx)
+  if parts.correction is not None:
+    tx = optax.chain(parts.correction, tx)
+  return tx
+
+
+def _replay_with(config, method, parts):
+  """What applies replays that are to enter no worker's momentum."""
+  if parts.replay_weight is None:
+    return None
+  return optimizers.driven(
+    lambda rate: optax.sgd(rate * parts.replay_weight),
+    learning_rate(config, method),
+    'guided SGD',
+  )
+
+
+def _emulated(config, method, tx, parts, batch_like, seed):
   """The cluster around the server's optimizer."""
   clock = dict(sync_cost=config.sync_cost)
+  kept = dict(keep_params=parts.needs_stale_params)
+  workers = dict(worker_transform=parts.worker_transform, **kept, **clock)
   if method.parallel == 'sequential':
-    return asynchronous(tx, 1, batch_like=batch_like, **clock)
+    return asynchronous(tx, 1, batch_like=batch_like, **workers)
   if method.parallel == 'delayed':
-    return delayed(tx, config.delay, batch_like=batch_like, **clock)
-  cluster = dict(arrivals=make_arrivals(config), seed=seed, **clock)
+    return delayed(tx, config.delay, batch_like=batch_like, **kept, **clock)
+  cluster = dict(arrivals=make_arrivals(config), seed=seed)
   if method.parallel == 'asynchronous':
     return asynchronous(
       tx,
@@ -166,6 +263,7 @@ def _emulated(config, method, tx, batch_like, seed):
       overwrite_within=config.overwrite_within,
       max_ahead=config.max_ahead,
       **cluster,
+      **workers,
     )
   if method.parallel == 'synchronous':
     return synchronous(
@@ -175,6 +273,7 @@ def _emulated(config, method, tx, batch_like, seed):
       wait_for=config.wait_for,
       batch_like=batch_like,
       **cluster,
+      **clock,
     )
   return data_parallel(
     tx,
@@ -182,6 +281,7 @@ def _emulated(config, method, tx, batch_like, seed):
     batch_size(config, method),
     worker_batch_size=config.batch_size,
     **cluster,
+    **clock,
   )
 
 
@@ -224,9 +324,16 @@ def _arriving(config, method, batch_like):
   """The batch of an arriving gradient."""
   if method.parallel != 'synchronous' or config.combine != 'mean':
     return batch_like
-  size = waited_for(config) * config.batch_size
+  return _joined_batch(batch_like, waited_for(config))
+
+
+def _joined_batch(batch_like, batches):
+  """Several batches as one."""
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch_like
+    lambda x: jax.ShapeDtypeStruct(
+      (batches * x.shape[0], *x.shape[1:]), x.dtype
+    ),
+    batch_like,
   )
 
 

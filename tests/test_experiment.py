@@ -193,7 +193,7 @@ class Plain:
     out['latest_staleness'] = self.latest if self.applied else 0
     out['maximal_staleness'] = self.maximum
     out['applied'] = self.applied
-    out['overwritten'] = out['lost'] = 0
+    out['overwritten'] = out['lost'] = out['refused'] = 0
     # The server takes replays itself, a unit for each gradient of a worker.
     stored = self.config.stored_gradients
     replay_units = 0 if stored else self.replays * self.joined()
@@ -354,7 +354,7 @@ def totals_of(loss, total_staleness=0, arrivals=0, bad=()):
   )
   bad_call = integers(-1)
   bad_call[list(bad)] = 4
-  cluster = training._Cluster(None, record, None, *[integers(0)] * 3)
+  cluster = training._Cluster(None, record, None, *[integers(0)] * 4)
   return training._Totals(
     loss, bad_call, np.where(bad_call >= 0, np.nan, 0.0), cluster
   )
@@ -565,7 +565,7 @@ def test_configs_say_how_they_are_run():
     (dict(methods=('sgd',)), 'a method must be one of'),
     (dict(methods=('asynchronos',)), 'did you mean asynchronous'),
     (dict(methods=('delayed+consistant',)), 'did you mean consistent'),
-    (dict(methods=('delayed+',)), 'the guidance of delayed'),
+    (dict(methods=('delayed+',)), 'what follows . in delayed'),
     (dict(methods=('delayed', 'delayed')), 'methods must differ'),
     (dict(parallel='async'), 'a method must be one of'),
     (dict(batch_size=400), 'at most the 341 training examples'),

@@ -21,7 +21,8 @@ def histories_of(accuracies, **fields):
     step = np.arange(len(accuracy)) * 10
     measured = {f: np.full(accuracy.shape, 0.5) for f in events.MEASURED}
     measured['test_accuracy'] = accuracy
-    measured['overwritten'] = measured['lost'] = np.zeros(accuracy.shape)
+    for field in ('overwritten', 'lost', 'refused'):
+      measured[field] = np.zeros(accuracy.shape)
     spent = 1234 + step - step[-1]
     measured['gradient_evaluations'] = spent[:, None] + 0 * accuracy
     measured.update({k: np.array(v) for k, v in fields.items()})

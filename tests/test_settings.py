@@ -12,7 +12,7 @@ NAN = math.nan
 TEXTS = ['dataset', 'preprocessing', 'model', 'combine', 'optimizer']
 TEXTS += ['schedule', 'arrivals', 'replay_model']
 OPTIONAL_TEXTS = ['target', 'parallel', 'guidance', 'compilation_cache']
-OPTIONAL_TEXTS += ['trace']
+OPTIONAL_TEXTS += ['trace', 'compensation']
 CHOICES = {
   'model': 'mlp, softmax_regression',
   'preprocessing': 'author, standard',
@@ -39,7 +39,7 @@ NUMBERS = ['cv', 'machine_cv', 'sync_cost']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
 OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at']
 SEQUENCES = ['hidden', 'methods', 'speeds']
-DICTS = ['optimizer_kwargs', 'schedule_kwargs']
+DICTS = ['optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs']
 ALL = list(settings.default_config())
 
 

@@ -212,6 +212,30 @@ def test_own_data_any_optimizer(own_files, arguments):
     assert lines(workdir / 'metrics.jsonl')[0]['validation_loss'] == [None] * 2
 
 
+def test_compensations_side_by_side(tmp_path):
+  done = train(
+    tmp_path,
+    *SMALL,
+    '--workdir=out',
+    '--config.methods=asynchronous+drop_stale,asynchronous+dana+random',
+    '--config.compensation_kwargs.drop_stale.max_staleness=1',
+    '--config.compensation_kwargs.dana.learning_rate=0.01',
+    '--config.arrivals=gamma',
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'asynchronous, DANA, random replays' in done.stdout
+  assert 'of the gradients were refused as too stale' in done.stdout
+  methods = assert_schema(tmp_path / 'out')['methods']
+  ringmaster, dana = methods.values()
+  assert (dana['compensation'], dana['guidance']) == ('dana', 'random')
+  for refused, applied in zip(
+    ringmaster['refused'], ringmaster['applied'], strict=True
+  ):
+    assert refused > 0 and refused + applied == 20
+  assert max(ringmaster['staleness']['maximum']) == 1
+  assert dana['refused'] == [0, 0]
+
+
 def test_openml_from_its_cache(tmp_path):
   rows = '\n'.join(f'{i % 7},{i % 5},{"ab"[i % 2]}' for i in range(60))
   openml_cache.write(
@@ -313,7 +337,16 @@ BAD_INPUT = [
   (('--config.warmup=5000',), 'warmup must be less than updates'),
   (
     ('--config.methods=asynchronous+guided',),
-    'guidance of asynchronous.guided',
+    'what follows . in asynchronous.guided',
+  ),
+  (('--config.compensation=smegaa2',), 'did you mean smega2'),
+  (
+    ('--config.compensation=dana', '--config.compensation_kwargs.mom=0.9'),
+    'compensation dana has no argument mom',
+  ),
+  (
+    ('--config.compensation_kwargs.momentum=0.9',),
+    'belongs to a compensation',
   ),
   (('--config.methods=async',), 'a method must be one of asynchronous'),
   (('--config.guidance=random',), 'guidance belongs to parallel'),
