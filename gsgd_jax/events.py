@@ -18,7 +18,7 @@ PARALLEL = (
 COMPENSATIONS = {
   'delay_compensation': 'DC-ASGD',
   'exact_delay_compensation': 'exact DC',
-  'scale_by_staleness': 'staleness-aware',
+  'scale_by_staleness': 'weighing by staleness',
   'adaptive_braking': 'adaptive braking',
   'spike_compensation': 'spike compensation',
   'drop_stale': 'Ringmaster',

@@ -18,8 +18,11 @@ _LEVEL = 0.95
 _FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
 _COLOURS = ('#000000', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
+# The first round of colours, and those of later rounds.
 _DASHES = ('-', '--', '-', '--', '-.', ':')
-
+_MORE_DASHES = ((0, (3, 1, 1, 1, 1, 1)), (0, (10, 3)), (0, (1, 1)))
+_MOST_INSIDE = 6  # Names in a legend that has a place in its axes.
+_HIGHEST = 100  # Losses on a picture, over the first one.
 
 _GUIDING = {
   'consistent': 'Guided SGD changes',
@@ -212,7 +215,8 @@ def sentences(
       training = f'{parallel} training'
       if compensation is not None:
         label = events.COMPENSATIONS[compensation]
-        text = f'{label} changes the accuracy of {training} by {{}} points'
+        who = f'{label[0].upper()}{label[1:]}'
+        text = f'{who} changes the accuracy of {training} by {{}} points'
         compare(plain, (parallel, None, None), text)
         training += f' with {label}'
       for select, who in _GUIDING.items():
@@ -362,6 +366,7 @@ def draw(
   loss_by_time.set(xlabel='simulated time, mean gradient computations')
   for axis in (by_time, loss_by_time):
     axis.set_xscale('log')  # Methods differ by factors.
+  first = []
   for history, style in _styled(histories):
     accuracy, loss = 100 * history.test_accuracy, history.train_loss
     _band(by_updates, history.step, accuracy, style)
@@ -371,8 +376,11 @@ def draw(
     if begun.any():
       _band(by_time, time[begun], accuracy[begun], style)
       _band(loss_by_time, time[begun], loss[begun], style)
-  if by_updates.lines:
-    by_updates.legend(loc='lower right', frameon=False)
+    first.append(loss[0].mean())
+  if first:
+    bottom, top = loss_by_updates.get_ylim()
+    loss_by_updates.set_ylim(bottom, min(top, _HIGHEST * max(first)))
+  _legend(figure, by_updates, 'lower right')
   _save(figure, axes.flat, _title(config), path)
 
 
@@ -413,7 +421,7 @@ def draw_staleness(
     left.set(xlabel='staleness, updates (the last bin: all above)')
   left.set_ylim(bottom=0)
   right.set_ylim(0, max(2, right.get_ylim()[1]))
-  right.legend(loc='upper left', frameon=False)
+  _legend(figure, right, 'upper left')
   seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
   _save(figure, axes, f'{_setting(config)}: {seeds}', path)
 
@@ -448,6 +456,24 @@ def _pyplot():
   return pyplot
 
 
+def _dashes(i):
+  rounds, position = divmod(i, len(_COLOURS))
+  if rounds == 0:
+    return _DASHES[position]
+  return _MORE_DASHES[(rounds - 1) % len(_MORE_DASHES)]
+
+
+def _legend(figure, axes, loc):
+  """Inside the axes, or beside all of them where it is long."""
+  handles, labels = axes.get_legend_handles_labels()
+  names = sum(label.count('\n') + 1 for label in labels)
+  if names > _MOST_INSIDE:
+    figure.set_figwidth(figure.get_figwidth() + 3.2)
+    figure.legend(handles, labels, loc='outside right upper', frameon=False)
+  elif labels:
+    axes.legend(loc=loc, frameon=False)
+
+
 def _styled(histories):
   """Every history that has begun, and how its line looks."""
   for i, history in enumerate(histories.values()):
@@ -456,7 +482,7 @@ def _styled(histories):
         history,
         dict(
           color=_COLOURS[i % len(_COLOURS)],
-          linestyle=_DASHES[i % len(_DASHES)],
+          linestyle=_dashes(i),
           label=_in_legend(history),
         ),
       )

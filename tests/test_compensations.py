@@ -347,7 +347,7 @@ def test_a_run_side_by_side():
   said = ' '.join(report.sentences(config, histories))
   assert 'asynchronous, Ringmaster: 33 % of the gradients were refused' in said
   assert 'asynchronous, Rennala, guided: 33 % of the gradients were' in said
-  assert 'exact DC changes the accuracy of asynchronous training by' in said
+  assert 'Exact DC changes the accuracy of asynchronous training by' in said
 
 
 def test_what_is_said_of_a_compensation():

@@ -13,6 +13,7 @@ PARAMS = {
   'nothing': jnp.ones([0], jnp.float32),
 }
 PARAMS_BYTES = 15 * 4 + 2 * 2
+SUM_BYTES = 15 * 4 + 2 * 4  # Of sums over many gradients: at least float32.
 BATCH = {'x': jnp.ones([4, 3], jnp.float32), 'y': jnp.ones([4], jnp.int32)}
 BATCH_BYTES = 4 * 3 * 4 + 4 * 4
 LEAVES = {'kernel': 3, 'layers': 0, 'nothing': 2}
@@ -107,6 +108,18 @@ COMPOSITIONS = {
       '[1].in_flight.updates': 4 * PARAMS_BYTES,
       '[1].inner_state[0].trace': PARAMS_BYTES,
     },
+  ),
+  'DANA': (
+    gsgd_jax.dana(0.1, 7),
+    {'momenta.tree': 7 * PARAMS_BYTES, 'offset.tree': SUM_BYTES},
+  ),
+  'SMEGA2': (
+    gsgd_jax.smega2(0.1, 7),
+    {'velocity.tree': PARAMS_BYTES, 'gradients.tree': SUM_BYTES},
+  ),
+  'Rennala': (
+    gsgd_jax.rennala(ADAM, 7, batch_like=BATCH),
+    {'kept.sums.updates': SUM_BYTES, 'kept.sums.batch': 7 * BATCH_BYTES},
   ),
   'nothing at all': (optax.sgd(0.1), {}),
   'the parameters themselves': (
@@ -245,3 +258,33 @@ def test_nothing_is_allocated(tx, name, size):
   memory = gsgd_jax.state_memory(tx, params)
   assert memory[name] == size
   assert bytes_of(jax.live_arrays()) - before < 1000
+
+
+# Copies of the parameters in a state, by the number of workers.
+COPIES = {
+  'DC-ASGD-c': (gsgd_jax.delay_compensation(), 0),
+  'DC-ASGD-a': (gsgd_jax.delay_compensation(adaptive=True), 1),
+  'exact': (gsgd_jax.exact_delay_compensation(loss_fn), 0),
+  'scale_by_staleness': (gsgd_jax.scale_by_staleness(), 0),
+  'drop_stale': (gsgd_jax.drop_stale(optax.sgd(0.1), 3), 0),
+  'rennala': (lambda n: gsgd_jax.rennala(optax.sgd(0.1), n), 1),
+  'dana': (lambda n: gsgd_jax.dana(0.1, n), lambda n: n + 1),
+  'smega2': (lambda n: gsgd_jax.smega2(0.1, n), 2),
+  'predict': (lambda n: gsgd_jax.predict(optax.sgd(0.1), n), 1),
+  'spike': (lambda n: gsgd_jax.spike_compensation(0.1, n), 1),
+  'braking': (gsgd_jax.adaptive_braking(0.1), 1),
+  'delayed Nesterov': (lambda n: gsgd_jax.delayed_nesterov(0.1, n), 2),
+  'asynchronous Nesterov': (gsgd_jax.asynchronous_nesterov(0.1), 1),
+}
+
+
+@pytest.mark.parametrize('workers', [2, 256])
+@pytest.mark.parametrize('name', COPIES)
+def test_copies_of_a_compensation(name, workers):
+  """No offset is stored that could be derived; the rest are scalars."""
+  tx, copies = COPIES[name]
+  tx = tx if isinstance(tx, tuple) else tx(workers)
+  copies = copies(workers) if callable(copies) else copies
+  params = jax.ShapeDtypeStruct((1000,), jnp.float32)
+  total = sum(gsgd_jax.state_memory(tx, params).values())
+  assert 0 <= total - copies * 4000 <= 48
