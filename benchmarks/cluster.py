@@ -98,7 +98,9 @@ def main(argv):
         programs[workers], carries[workers] = make(
           workers, arrivals, params, gradient
         )
-      seconds = timing.medians(programs, carries, _CLUSTER_ROUNDS.value)
+      seconds = timing.medians(
+        programs, carries, _CLUSTER_ROUNDS.value, 1 + MANY // STEPS
+      )
       times = [seconds[workers] / STEPS * 1e6 for workers in (0, FEW, MANY)]
       rows.append(
         [

@@ -113,7 +113,8 @@ def measure(make, params, gradient, steps, worker_transform=None):
       carries[workers] = jax.tree.map(lambda p: jnp.stack([p] * SEEDS), own)
     else:
       carries[workers] = (own, jax.jit(tx.init)(own))
-  seconds = timing.medians(programs, carries, _ROUNDS.value)
+  filling = -(-MANY // steps)
+  seconds = timing.medians(programs, carries, _ROUNDS.value, 1 + filling)
   return {workers: s / steps for workers, s in seconds.items()}
 
 

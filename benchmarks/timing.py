@@ -17,23 +17,25 @@ def medians(
   programs: Mapping[str, Callable[[Any], Any]],
   carries: dict[str, Any],
   rounds: int,
+  warmup: int = 1,
 ) -> dict[str, float]:
   """Median seconds a call of each program, its carry fed back to it.
 
   Args:
     programs: Compiled `carry -> carry` functions; they may donate.
     carries: What each one starts from. Consumed.
-    rounds: How often each is timed, after one call that is not.
+    rounds: How often each is timed,
+    warmup: after so many calls that are not. A ring's first calls only fill it.
 
   Returns:
     A name's median time in seconds.
   """
   times: dict[str, list[float]] = {name: [] for name in programs}
-  for i in tqdm.trange(rounds + 1, leave=False, desc='rounds'):
+  for i in tqdm.trange(rounds + warmup, leave=False, desc='rounds'):
     for name, program in programs.items():
       start = time.perf_counter()
       carries[name] = jax.block_until_ready(program(carries[name]))
-      if i:
+      if i >= warmup:
         times[name].append(time.perf_counter() - start)
   return {name: statistics.median(t) for name, t in times.items()}
 

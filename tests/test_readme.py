@@ -9,10 +9,11 @@ import tempfile
 import jax
 
 import gsgd_jax
-from gsgd_jax import settings
+from gsgd_jax import events, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+COMPENSATION = (ROOT / 'docs' / 'compensation.md').read_text()
 CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
 
 
@@ -41,6 +42,29 @@ def test_the_guide_to_clusters_runs(tmp_path, monkeypatch):
     exec(compile('\n'.join(blocks), 'clusters.md', 'exec'), {})
   lines = printed.getvalue().splitlines()
   assert len(lines) == 3 and lines[0].startswith('staleness 6.')
+
+
+def test_the_guide_to_compensations_runs():
+  blocks = re.findall(r'```python\n(.*?)```', COMPENSATION, flags=re.DOTALL)
+  printed = io.StringIO()
+  with (
+    jax.enable_x64(False),
+    jax.numpy_dtype_promotion('standard'),
+    contextlib.redirect_stdout(printed),
+  ):
+    exec(compile('\n'.join(blocks), 'compensation.md', 'exec'), {})
+  losses = re.findall(r'(.*): loss (\S+)\n', printed.getvalue())
+  assert len(losses) == 5
+  for name, loss in losses:
+    assert float(loss) < 0.5, name  # From 5.25.
+
+
+def test_every_compensation_has_its_line():
+  for name in events.COMPENSATIONS:
+    assert re.search(rf'^\| `--config\.[^|]*\b{name}\b', README, re.MULTILINE)
+    if name not in ('dana_slim', 'dana_dc'):  # Compositions.
+      assert f'`{name}' in COMPENSATION
+  assert '11,631,035' in README
 
 
 def test_the_guide_knows_every_process_and_flag():
