@@ -85,7 +85,7 @@ def main(argv):
   del argv
   device = jax.devices()[0]
   print(f'jax {jax.__version__} on {device.platform} ({device.device_kind})\n')
-  params, gradient = staleness.mlp(staleness.SMALL)
+  params, gradient = staleness.problem(staleness.SMALL)
   rows = []
   for name, arrivals in PROCESSES.items():
     for how, make in (

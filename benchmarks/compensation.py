@@ -18,7 +18,7 @@ import optax
 from absl import app, flags
 
 import gsgd_jax
-from benchmarks import timing
+from benchmarks import mlp, timing
 
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Rounds that are timed.')
 _STEPS = flags.DEFINE_integer('steps', 30, 'Steps in a round.')
@@ -26,22 +26,15 @@ _SIZES = flags.DEFINE_list(
   'sizes', ['1000', '908', '100'], 'Inputs, hidden units and classes.'
 )
 _WORKERS = flags.DEFINE_list('workers', ['2', '256'], 'Few and many workers.')
-BATCH = 64
+_ONLY = flags.DEFINE_list('only', None, 'Names in the table; default: all.')
 RATE = 1e-3
-
-
-def loss_fn(params, batch):
-  x, y = batch
-  hidden = jax.nn.relu(x @ params['w1'] + params['b1'])
-  logits = hidden @ params['w2'] + params['b2']
-  return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def correct(correction):
   return optax.chain(correction, optax.sgd(RATE))
 
 
-# Name -> (transformation of N workers, the workers' own, what it keeps).
+# What stands at the server of N workers.
 COMPENSATIONS = {
   'plain': lambda n: optax.sgd(RATE),
   'heavy ball': lambda n: optax.sgd(RATE, momentum=0.9),
@@ -50,7 +43,7 @@ COMPENSATIONS = {
     gsgd_jax.delay_compensation(adaptive=True)
   ),
   'exact_delay_compensation': lambda n: correct(
-    gsgd_jax.exact_delay_compensation(loss_fn)
+    gsgd_jax.exact_delay_compensation(mlp.loss_fn)
   ),
   'scale_by_staleness': lambda n: correct(gsgd_jax.scale_by_staleness()),
   'drop_stale': lambda n: gsgd_jax.drop_stale(optax.sgd(RATE), n - 1),
@@ -82,24 +75,11 @@ def transformation(name, workers, batch):
   )
 
 
-def problem(sizes):
-  inputs, hidden, classes = sizes
-  keys = jax.random.split(jax.random.key(0), 4)
-  params = {
-    'w1': jax.random.normal(keys[0], (inputs, hidden)) / inputs**0.5,
-    'b1': jnp.zeros([hidden]),
-    'w2': jax.random.normal(keys[1], (hidden, classes)) / hidden**0.5,
-    'b2': jnp.zeros([classes]),
-  }
-  x = jax.random.normal(keys[2], (BATCH, inputs))
-  return params, (x, jax.random.randint(keys[3], (BATCH,), 0, classes))
-
-
 def program(tx, batch, steps):
   def step(carry, _):
     params, state = carry
     at = gsgd_jax.worker_params(params, state)
-    grads = jax.grad(loss_fn)(at, batch)
+    grads = jax.grad(mlp.loss_fn)(at, batch)
     updates, state = tx.update(grads, state, params, batch=batch)
     return (optax.apply_updates(params, updates), state), None
 
@@ -137,9 +117,9 @@ def main(argv):
   print(f'jax {jax.__version__} on {device.platform} ({device.device_kind})\n')
   sizes = tuple(map(int, _SIZES.value))
   few, many = map(int, _WORKERS.value)
-  params, batch = problem(sizes)
+  params, batch = mlp.problem(sizes)
   rows = []
-  for name in COMPENSATIONS:
+  for name in _ONLY.value or COMPENSATIONS:
     seconds = measure(name, (few, many), params, batch)
     count = functools.partial(copies, name, params=params, batch=batch)
     rows.append(

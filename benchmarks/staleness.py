@@ -22,14 +22,13 @@ import optax
 from absl import app, flags
 
 import gsgd_jax
-from benchmarks import timing
+from benchmarks import mlp, timing
 
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Rounds that are timed.')
 _STEPS = flags.DEFINE_integer('steps', 30, 'Steps in a round.')
 
 FEW, MANY = 2, 256
 SEEDS = 8
-BATCH = 64
 MILLION = (1000, 908, 100)  # 999,808 parameters.
 SMALL = (64, 134, 10)  # 10,060 parameters.
 
@@ -42,25 +41,10 @@ def transformation(workers, worker_transform=None):
   )
 
 
-def mlp(sizes):
+def problem(sizes):
   """Parameters of an MLP, and its gradient on a batch."""
-  inputs, hidden, classes = sizes
-  keys = jax.random.split(jax.random.key(0), 4)
-  params = {
-    'w1': jax.random.normal(keys[0], (inputs, hidden)) / inputs**0.5,
-    'b1': jnp.zeros([hidden]),
-    'w2': jax.random.normal(keys[1], (hidden, classes)) / hidden**0.5,
-    'b2': jnp.zeros([classes]),
-  }
-  x = jax.random.normal(keys[2], (BATCH, inputs))
-  y = jax.random.randint(keys[3], (BATCH,), 0, classes)
-
-  def loss_fn(params):
-    hidden = jax.nn.relu(x @ params['w1'] + params['b1'])
-    logits = hidden @ params['w2'] + params['b2']
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-  return params, jax.grad(loss_fn)
+  params, batch = mlp.problem(sizes)
+  return params, jax.grad(lambda params: mlp.loss_fn(params, batch))
 
 
 def step(tx, gradient, carry):
@@ -127,7 +111,7 @@ def training_table():
     ('in scan, optax.trace(0.9) a worker', scanned, MILLION, optax.trace(0.9)),
     ('calls, optax.trace(0.9) a worker', called, MILLION, optax.trace(0.9)),
   ):
-    params, gradient = mlp(sizes)
+    params, gradient = problem(sizes)
     steps = _STEPS.value * (50 if make is vmapped else 1)
     seconds = measure(make, params, gradient, steps, worker_transform)
     rows.append(
