@@ -26,7 +26,7 @@ from sklearn import datasets
 
 import gsgd_jax
 
-_WORKERS = flags.DEFINE_integer('workers', 4, 'How many threads.', 1)
+_WORKERS = flags.DEFINE_integer('workers', 4, 'How many threads.', 1, 500)
 _UPDATES = flags.DEFINE_integer('updates', 200, 'How many arrivals.', 1)
 _TRACE = flags.DEFINE_string('trace', None, 'CSV file for who arrived when.')
 
@@ -179,10 +179,14 @@ def parse(argv):
     if rest[1:]:
       raise flags.Error(f'unexpected argument {rest[1]!r}')
     if _TRACE.value is not None:
-      pathlib.Path(_TRACE.value).write_text('')  # Before the work, not after.
+      with open(_TRACE.value, 'a'):  # Before the work, not after.
+        pass
     return rest
   except flags.IllegalFlagValueError as e:
-    reason = str(e).partition(': ')[0] + ': an integer of at least 1 expected'
+    reason = (
+      str(e).partition(': ')[0]
+      + ': an integer from 1 on expected, of workers 500 at most'
+    )
   except flags.Error as e:
     reason = str(e).splitlines()[0]
   except OSError as e:

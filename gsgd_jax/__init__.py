@@ -16,11 +16,9 @@ from gsgd_jax.arrivals import (
 )
 from gsgd_jax.clock import Time, simulated_time
 from gsgd_jax.corrections import (
-  adaptive_braking,
   delay_compensation,
   exact_delay_compensation,
   scale_by_staleness,
-  spike_compensation,
 )
 from gsgd_jax.diagnostics import (
   StalenessSummary,
@@ -30,13 +28,13 @@ from gsgd_jax.diagnostics import (
 )
 from gsgd_jax.guided import guided
 from gsgd_jax.memory import state_memory
-from gsgd_jax.predictors import (
+from gsgd_jax.momenta import (
+  adaptive_braking,
   asynchronous_nesterov,
-  dana,
   delayed_nesterov,
-  predict,
-  smega2,
+  spike_compensation,
 )
+from gsgd_jax.predictors import dana, predict, smega2
 from gsgd_jax.rounds import data_parallel, synchronous
 from gsgd_jax.staleness import asynchronous, delayed
 from gsgd_jax.traces import Trace, read_trace, recorded_arrivals

@@ -38,6 +38,12 @@ def where_there(fn: Callable, updates: Any, *trees: Any) -> Any:
   )
 
 
+def hides_any(updates: Any) -> bool:
+  """Whether a mask hides some of the updates."""
+  masked = lambda x: isinstance(x, optax.MaskedNode)
+  return any(map(masked, jax.tree.leaves(updates, is_leaf=masked)))
+
+
 def traced(momentum: Any, trace: Any, updates: Any) -> Any:
   """`momentum * trace + updates`, in the dtypes of `trace`."""
   return jax.tree.map(
@@ -64,3 +70,28 @@ def dot(tree: Any, other: Any) -> jax.Array:
 def norm(tree: Any) -> jax.Array:
   """The Euclidean norm over all parameters."""
   return jnp.sqrt(dot(tree, tree))
+
+
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
+  """The learning rate of an update."""
+  return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def collected(
+  workers: Any, count: jax.Array, momentum: Any, velocity: Any, total: Any
+) -> tuple[Any, Any, jax.Array]:
+  """Momentum, sum and count of a round of gradients, after one more.
+
+  When so many as there are workers have been collected, their mean enters the
+  momentum and a round begins anew.
+  """
+  count = count + 1
+  ends = count >= workers
+
+  def entered(v, a):
+    mean = (a / like(workers, a)).astype(v.dtype)
+    return jnp.where(ends, like(momentum, v) * v + mean, v)
+
+  velocity = jax.tree.map(entered, velocity, total)
+  total = jax.tree.map(lambda a: jnp.where(ends, 0, a).astype(a.dtype), total)
+  return velocity, total, jnp.where(ends, 0, count)

@@ -64,6 +64,7 @@ class Replays(NamedTuple):
   parallel: jax.Array
   shared: jax.Array  # Replays that all workers took together.
   batch_size: jax.Array  # Examples in a batch.
+  batches: jax.Array  # How many workers' batches a replay is of.
 
 
 class Acceptance(NamedTuple):
@@ -82,9 +83,10 @@ class PerWorker(NamedTuple):
 
 
 class ServerGradients(NamedTuple):
-  """Gradients that the server takes itself, replays aside."""
+  """Gradients that the server takes itself, replays aside; int32, shape=()."""
 
-  count: jax.Array  # shape=(), dtype=int32.
+  count: jax.Array
+  batches: jax.Array  # How many workers' batches each is of.
 
 
 PACKET = ('value', 'batch', 'staleness', 'worker', 'stale_params')
@@ -196,6 +198,18 @@ def accepted(
   )
 
 
+def of_joined_batches(state: optax.OptState, batches: int) -> optax.OptState:
+  """A state whose gradients are of so many workers' batches as one."""
+  kinds = (Replays, ServerGradients)
+
+  def joined(x):
+    return (
+      x._replace(batches=x.batches * batches) if isinstance(x, kinds) else x
+    )
+
+  return jax.tree.map(joined, state, is_leaf=lambda x: isinstance(x, kinds))
+
+
 def check_per_worker(who: str, workers: int, inner_state: optax.OptState):
   """Raises where a server keeps the state of fewer workers than there are."""
   for kept in announced(inner_state, PerWorker):
@@ -222,6 +236,8 @@ def positive_int(name: str, given: Any, minimum: int = 1) -> int:
     raise ValueError(f'{name} must be an int, got {given!r}') from None
   if result < minimum:
     raise ValueError(f'{name} must be at least {minimum}, got {result}')
+  if result >= 2**31:
+    raise ValueError(f'{name} must be below 2**31, got {result}')
   return result
 
 
@@ -323,7 +339,7 @@ def one_staleness(who: str, extra_args: dict[str, Any]) -> jax.Array:
       'put it inside asynchronous, delayed or synchronous, or pass '
       'staleness=... to update',
     )
-  if not hasattr(staleness, 'dtype') and not isinstance(staleness, int):
+  if jax.tree.structure(staleness) != jax.tree.structure(0):
     raise ValueError(
       f'{who} needs one staleness, got a tree of them: delayed with a tree of '
       'delays has one a leaf'

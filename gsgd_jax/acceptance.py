@@ -28,9 +28,11 @@ def drop_stale(
   Under :func:`asynchronous`, what is refused ages nobody, so it never freezes:
   of N round-robin workers :math:`\min(1, R / N)` of the gradients are applied.
 
-  It stands outside :func:`guided` and of whatever else keeps gradients; what
-  is around it sees a refused gradient as zero updates. It needs the extra
-  argument ``staleness``, one for all parameters.
+  It stands around everything at the server, :func:`guided` included. What is
+  around it sees a refused gradient as zero updates; after it in a chain, or
+  beside it in ``optax.multi_transform``, parameters would move by updates that
+  nobody counts. It needs the extra argument ``staleness``, one for all
+  parameters.
 
   Args:
     inner: Any optax transformation.
@@ -111,7 +113,9 @@ def rennala(
   round-robin workers :math:`S / (S + N - 1)` of the gradients are kept. S = 1
   is ``drop_stale(inner, 0)``.
 
-  It stands outside :func:`guided`, and needs the extra argument ``staleness``.
+  It stands around everything at the server, as :func:`drop_stale` does, and
+  needs the extra argument ``staleness``. ``worker`` is that of the last
+  gradient of a mean: :func:`dana` inside has all of it enter one momentum.
 
   Args:
     inner: Any optax transformation.
@@ -159,7 +163,8 @@ def rennala(
       kept=_Kept(
         jnp.zeros([], jnp.int32), _mean.nothing(params, batch_like, size)
       ),
-      inner_state=inner.init(params),
+      # What is inside takes gradients of all the batches as one.
+      inner_state=_protocol.of_joined_batches(inner.init(params), size),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -169,7 +174,8 @@ def rennala(
       'rennala', state.kept.sums, count, updates, batch_like, extra_args, keeps
     )
     mean, packet = _mean.packet(sums, size, updates, extra_args)
-    # All of them were read where this one was.
+    # All of them were read where this one was; that it is the last one's
+    # worker is a convention.
     for name in ('worker', 'stale_params'):
       if name in extra_args:
         packet[name] = extra_args[name]

@@ -62,7 +62,8 @@ def simulated_time(state: optax.OptState) -> jax.Array | np.floating:
   units for every product of :func:`exact_delay_compensation`.
   Meanwhile the workers wait, and their own clock, by which machines fail and
   traces are recorded, stands still. (Where one gradient is of several batches,
-  as in rounds of :func:`synchronous` by their mean, a unit is that many.)
+  as in rounds of :func:`synchronous` by their mean, or in :func:`rennala`, it
+  costs that many units.)
   Scoring and verification are forward passes and cost nothing on this clock.
 
   Args:
@@ -111,25 +112,28 @@ def _cost(replays, clock):
   if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
     xp = jnp
   dtype = xp.zeros(()).dtype
-  serial, parallel, shared, workers, size = (
+  serial, parallel, shared, workers, size, batches = (
     xp.asarray(n).astype(dtype)
-    for n in (*replays[:3], clock.workers, replays.batch_size)
+    for n in (*replays[:3], clock.workers, *replays[3:])
   )
   taken = xp.arange(1, parallel.shape[-1] + 1).astype(dtype)
   rounds = xp.ceil(taken / workers[..., None]) * parallel
-  unit = xp.asarray(in_units(clock.unit)).astype(dtype)
+  unit = xp.asarray(in_units(clock.unit)).astype(dtype) * batches
   sync = xp.asarray(in_units(clock.sync_cost)).astype(dtype)
   split = unit / xp.minimum(workers, size) + sync
   return (serial + rounds.sum(axis=-1)) * unit + shared * split
 
 
 def _taken(gradients, clock):
-  xp = np
-  if isinstance(gradients.count, jax.core.Tracer):
-    xp = jnp
-  dtype = xp.zeros(()).dtype
-  unit = xp.asarray(in_units(clock.unit)).astype(dtype)
-  return xp.asarray(gradients.count).astype(dtype) * unit
+  """What gradients cost that the server took itself, of its own."""
+  serial = _protocol.Replays(
+    serial=gradients.count,
+    parallel=gradients.count[..., None] * 0,
+    shared=gradients.count * 0,
+    batch_size=gradients.count * 0 + 1,
+    batches=gradients.batches,
+  )
+  return _cost(serial, clock)
 
 
 def zero(shape: tuple[int, ...] = ()) -> Time:

@@ -16,9 +16,9 @@ import ml_collections
 import optax
 
 import gsgd_jax
-from gsgd_jax import events, optimizers, settings
+from gsgd_jax import _protocol, events, optimizers, settings
 
-NAMES = tuple(events.COMPENSATIONS)
+NAMES = tuple(settings.COMPENSATIONS)
 CORRECTIONS = (
   'delay_compensation',
   'exact_delay_compensation',
@@ -76,7 +76,7 @@ class Parts(NamedTuple):
 
 def dana_slim(learning_rate: Any, momentum: float = 0.9):
   """The server of DANA-Slim; `momentum` is the workers'."""
-  del momentum
+  _protocol.fraction('momentum', momentum)
   return optax.sgd(learning_rate)
 
 
@@ -132,15 +132,25 @@ def arguments_of(
   return arguments
 
 
-def check_arguments_are_used(config: ml_collections.ConfigDict) -> None:
-  """Raises where arguments are given, and no method has a compensation."""
-  if any(m.compensation for m in events.methods(config)):
-    return
+def check_used(config: ml_collections.ConfigDict) -> None:
+  """Raises where a compensation, or arguments, are given to no method."""
+  named = events.methods(config)
+  used = {m.compensation for m in named} - {None}
+  if config.compensation not in {None, *used}:
+    raise ValueError(
+      f'compensation={config.compensation} changes nothing, as nothing is '
+      f'stale in {named[0].name}; name it yourself, '
+      f'--config.methods={named[0].name}+{config.compensation}'
+    )
   for argument, value in config.compensation_kwargs.items():
-    if argument not in NAMES or value:
+    if argument in NAMES:
+      unused, wanted = bool(value) and argument not in used, argument
+    else:
+      unused, wanted = not used, 'a compensation'
+    if unused:
       raise ValueError(
-        f'compensation_kwargs.{argument} belongs to a compensation, and no '
-        'method has one; give --config.compensation'
+        f'compensation_kwargs.{argument} belongs to {wanted}, and no method '
+        'has it; see --config.compensation and --config.methods'
       )
 
 
@@ -161,7 +171,8 @@ def parts_of(name: str, given: dict[str, Any], cluster: Cluster) -> Parts:
   given = {k: v for k, v in given.items() if k != 'learning_rate'}
   factory = _factory(name)
   parameters = inspect.signature(factory).parameters
-  known = [p for p in parameters if p not in _OURS]
+  ours = {*_OURS, *(('workers',) if name in PER_WORKER else ())}
+  known = [p for p in parameters if p not in ours]
   for argument in given:
     if argument not in known:
       raise ValueError(

@@ -3,10 +3,7 @@
 A stale gradient was right where its worker read. Two things may be done about
 it before it is applied: estimate what it would have been at the server's
 parameters (`delay_compensation`, `exact_delay_compensation`), or weigh it by
-its age (`scale_by_staleness`). Two more correct the momentum that it enters:
-`spike_compensation` hands out what momentum would have spread over the delay
-at once, `adaptive_braking` shrinks gradients that agree with a momentum that
-has outrun them.
+its age (`scale_by_staleness`).
 
 They read their extra arguments alone, so they stand in front of any optimizer,
 under any emulation, and on a real server that supplies the same extras.
@@ -76,8 +73,8 @@ def delay_compensation(
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is a
-    ``DelayCompensationState``: one copy of the parameters if ``adaptive``,
-    else nothing.
+    ``DelayCompensationState``: one copy of the parameters, in at least
+    float32, if ``adaptive``, else nothing.
 
   Raises:
     ValueError: A number is out of its range, ``batch_size`` with ``adaptive``;
@@ -97,6 +94,8 @@ def delay_compensation(
     Zheng et al., `Asynchronous Stochastic Gradient Descent with Delay
     Compensation`, arXiv:1609.08326, 2017.
   """
+  if not isinstance(adaptive, bool):
+    raise ValueError(f'adaptive must be True or False, got {adaptive!r}')
   if adaptive and batch_size is not None:
     raise ValueError(
       'delay_compensation is batch-scaled or adaptive, not both: leave out '
@@ -110,7 +109,8 @@ def delay_compensation(
     lam = lam * _protocol.count_or_traced('batch_size', batch_size)
 
   def init_fn(params):
-    zeros = optax.tree.zeros_like(params) if adaptive else None
+    # Squares of small gradients vanish in half precision.
+    zeros = _leaves.zero_sums(params) if adaptive else None
     return DelayCompensationState(zeros)
 
   def update_fn(updates, state, params=None, *, stale_params=None, **extra):
@@ -122,15 +122,20 @@ def delay_compensation(
       )
       updates = _leaves.where_there(constant, updates, params, stale_params)
       return updates, state
-    mean_square = _leaves.traced(
-      decay,
+    mean_square = _leaves.where_there(
+      lambda g, s: (
+        _leaves.like(decay, s) * s
+        + _leaves.like(1 - decay, s) * g.astype(s.dtype) ** 2
+      ),
+      updates,
       state.mean_square,
-      jax.tree.map(lambda g: _leaves.like(1 - decay, g) * g * g, updates),
     )
 
     def scaled(g, s, w, read):
-      strength = _leaves.like(lam, g) / jnp.sqrt(s.astype(g.dtype) + _EPSILON)
-      return g + strength * g * g * _leaves.less(w, read)
+      strength = _leaves.like(lam, s) / jnp.sqrt(s + _EPSILON)
+      wide = g.astype(s.dtype)
+      more = strength * wide * wide * _leaves.less(w, read).astype(s.dtype)
+      return g + more.astype(g.dtype)
 
     updates = _leaves.where_there(
       scaled, updates, mean_square, params, stale_params
@@ -219,7 +224,9 @@ def exact_delay_compensation(
   def init_fn(params):
     del params
     return ExactDelayCompensationState(
-      _protocol.ServerGradients(jnp.zeros([], jnp.int32))
+      _protocol.ServerGradients(
+        jnp.zeros([], jnp.int32), jnp.ones([], jnp.int32)
+      )
     )
 
   def update_fn(
@@ -232,12 +239,19 @@ def exact_delay_compensation(
         who,
         'batch',
         'pass batch=... to update, and batch_like=... to every transformation '
-        'around this one that delays gradients',
+        'around this one that delays gradients (delayed with a tree of delays '
+        'has no single one to forward)',
       )
+    if _leaves.hides_any(updates):
+      raise ValueError(
+        f'{who} cannot see the loss of parameters that a mask hides: mask the '
+        'optimizer after it instead'
+      )
+    stale_params = optax.tree.cast_like(stale_params, params)
     drift = jax.tree.map(_leaves.less, params, stale_params)
-    moved = jnp.any(
-      jnp.stack([jnp.any(d != 0) for d in jax.tree.leaves(drift)])
-    )
+    moved = jnp.zeros([], bool)
+    for d in jax.tree.leaves(drift):
+      moved |= jnp.any(d != 0)
 
     def corrected(updates):
       gradient = lambda params: jax.grad(loss_fn)(params, batch)
@@ -253,10 +267,9 @@ def exact_delay_compensation(
 
     # Where nothing has moved, as for replays, there is nothing to compute.
     updates = _ring.when(moved, corrected, updates)
-    count = state.server_gradients.count + 2 * moved.astype(jnp.int32)
-    return updates, ExactDelayCompensationState(
-      _protocol.ServerGradients(count)
-    )
+    taken = state.server_gradients
+    count = taken.count + 2 * moved.astype(jnp.int32)
+    return updates, ExactDelayCompensationState(taken._replace(count=count))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -349,152 +362,6 @@ def scale_by_staleness(
     return optax.EmptyState()
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def spike_compensation(
-  learning_rate: optax.ScalarOrSchedule,
-  delay: float | Any,
-  momentum: float = 0.9,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Momentum that gives a late gradient at once what it has missed.
-
-  .. math::
-
-    v \leftarrow m v + g, \qquad
-    w \leftarrow w - \eta \left( m^D v + \frac{1 - m^D}{1 - m}\, g \right)
-
-  A gradient that comes D updates late has missed D of the shares that momentum
-  would have handed it; it receives them as one spike, and its total weight
-  :math:`\eta / (1 - m)` is what it was. D = 0 is heavy-ball momentum, D = 1
-  Nesterov's.
-
-  Args:
-    learning_rate: :math:`\eta`, a number or a schedule.
-    delay: :math:`D`, at least 0, a constant (with N round-robin workers N-1):
-      one by each gradient's own staleness would change what it weighs in all.
-      Or a tree of them, whose structure is that of the parameters or a prefix
-      of it, for the stages of a pipeline.
-    momentum: :math:`m`, in [0, 1).
-
-  Returns:
-    An ``optax.GradientTransformationExtraArgs``. Its state holds the momentum,
-    one copy of the parameters.
-
-  Raises:
-    ValueError: ``delay`` or ``momentum`` is out of its range, or the tree of
-      delays does not fit the parameters.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import gsgd_jax
-    >>> tx = gsgd_jax.spike_compensation(1.0, delay=2, momentum=0.5)
-    >>> params = jnp.array([0.0])
-    >>> state = tx.init(params)
-    >>> for gradient in (1.0, 0.0, 0.0):
-    ...   updates, state = tx.update(jnp.array([gradient]), state, params)
-    ...   print(updates)
-    [-1.75]
-    [-0.125]
-    [-0.0625]
-
-  References:
-    Kosson et al., `Pipelined Backpropagation at Scale`, arXiv:2003.11666, 2021.
-  """
-  momentum = _protocol.fraction('momentum', momentum)
-  delay = jax.tree.map(lambda d: _protocol.real_or_traced('delay', d), delay)
-
-  def init_fn(params):
-    return optax.TraceState(optax.tree.zeros_like(params))
-
-  def update_fn(updates, state, params=None):
-    del params
-    trace = _leaves.traced(momentum, state.trace, updates)
-
-    def spiked(g, v, delay):
-      share = jnp.asarray(momentum) ** delay
-      spike = (1 - share) / (1 - momentum)
-      return (
-        _leaves.like(share, g) * v.astype(g.dtype) + _leaves.like(spike, g) * g
-      )
-
-    delays = _protocol.broadcast('delay', delay, updates)
-    return jax.tree.map(spiked, updates, trace, delays), optax.TraceState(trace)
-
-  return optax.with_extra_args_support(
-    optax.chain(
-      optax.GradientTransformation(init_fn, update_fn),
-      optax.scale_by_learning_rate(learning_rate),
-    )
-  )
-
-
-def adaptive_braking(
-  learning_rate: optax.ScalarOrSchedule,
-  momentum: float = 0.9,
-  strength: float = 1.0,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Momentum that brakes gradients that agree with it, and lets others grow.
-
-  .. math::
-
-    v \leftarrow m v + (1 - r \cos(g, v))\, g, \qquad w \leftarrow w - \eta v
-
-  with the cosine between the gradient and the old momentum, over all
-  parameters; 0 where either is 0. Under delay, momentum that oscillates is
-  damped: what pushes it further is weighed by :math:`1 - r`, what turns it
-  back by :math:`1 + r`.
-
-  Args:
-    learning_rate: :math:`\eta`, a number or a schedule.
-    momentum: :math:`m`, in [0, 1).
-    strength: :math:`r`, at least 0; 0 is heavy-ball momentum.
-
-  Returns:
-    An ``optax.GradientTransformationExtraArgs``. Its state holds the momentum,
-    one copy of the parameters.
-
-  Raises:
-    ValueError: ``momentum`` or ``strength`` is out of its range.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import gsgd_jax
-    >>> tx = gsgd_jax.adaptive_braking(1.0, momentum=0.5, strength=0.5)
-    >>> params = jnp.array([0.0])
-    >>> state = tx.init(params)
-    >>> for gradient in (1.0, 1.0, -1.0):
-    ...   updates, state = tx.update(jnp.array([gradient]), state, params)
-    ...   print(updates)
-    [-1.]
-    [-1.]
-    [1.]
-
-  References:
-    Venigalla et al., `Adaptive Braking for Mitigating Gradient Delay`,
-    arXiv:2007.01397, 2020.
-  """
-  momentum = _protocol.fraction('momentum', momentum)
-  strength = _protocol.real_or_traced('strength', strength)
-
-  def init_fn(params):
-    return optax.TraceState(optax.tree.zeros_like(params))
-
-  def update_fn(updates, state, params=None):
-    del params
-    size = _leaves.norm(updates) * _leaves.norm(state.trace)
-    # Of nothing with nothing there is no angle.
-    cosine = _leaves.dot(updates, state.trace) / jnp.where(size > 0, size, 1)
-    weight = 1 - strength * cosine
-    braked = jax.tree.map(lambda g: _leaves.like(weight, g) * g, updates)
-    trace = _leaves.traced(momentum, state.trace, braked)
-    return optax.tree.cast_like(trace, updates), optax.TraceState(trace)
-
-  return optax.with_extra_args_support(
-    optax.chain(
-      optax.GradientTransformation(init_fn, update_fn),
-      optax.scale_by_learning_rate(learning_rate),
-    )
-  )
 
 
 def _required(who, params, stale_params):

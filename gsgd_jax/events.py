@@ -14,23 +14,7 @@ PARALLEL = (
   'delayed',
   'data_parallel',
 )
-# Compensations and guidance, and how they are said.
-COMPENSATIONS = {
-  'delay_compensation': 'DC-ASGD',
-  'exact_delay_compensation': 'exact DC',
-  'scale_by_staleness': 'weighing by staleness',
-  'adaptive_braking': 'adaptive braking',
-  'spike_compensation': 'spike compensation',
-  'drop_stale': 'Ringmaster',
-  'rennala': 'Rennala',
-  'dana': 'DANA',
-  'dana_slim': 'DANA-Slim',
-  'dana_dc': 'DANA-DC',
-  'smega2': 'SMEGA2',
-  'predict': 'weight prediction',
-  'asynchronous_nesterov': 'asynchronous Nesterov',
-  'delayed_nesterov': 'delayed Nesterov',
-}
+# Guidance, and how it is said.
 GUIDANCE = {
   'consistent': 'guided',
   'random': 'random replays',
@@ -53,7 +37,7 @@ class Method(NamedTuple):
     """What it is called in tables and pictures."""
     words = [self.parallel.replace('_', ' ')]
     if self.compensation is not None:
-      words.append(COMPENSATIONS[self.compensation])
+      words.append(settings.COMPENSATIONS[self.compensation])
     if self.select is not None:
       words.append(GUIDANCE[self.select])
     return ', '.join(words)
@@ -71,29 +55,38 @@ def methods(config: ml_collections.ConfigDict) -> list[Method]:
     names = [f'{config.parallel}{guidance}']
   if not names:
     raise ValueError(f'methods must name at least one of {", ".join(PARALLEL)}')
-  found = [method_named(name, config.compensation) for name in names]
-  names = [method.name for method in found]
   for name in names:
     if names.count(name) > 1:
       raise ValueError(f'methods must differ, got {name} twice')
-  return found
+  found = [m for name in names for m in _compensated(config, name)]
+  return list(dict.fromkeys(found))
 
 
-def method_named(name: str, compensation: str | None = None) -> Method:
-  """The method of a name, PARALLEL[+COMPENSATION][+GUIDANCE].
+def _compensated(config, name):
+  """What a name of a config stands for: itself, or compensated methods."""
+  method = method_named(name)
+  compensation = config.compensation
+  if compensation is not None:
+    settings.one_of('compensation', compensation, settings.COMPENSATIONS)
+  mean = method.parallel == 'synchronous' and config.combine == 'mean'
+  stale = method.parallel not in ('sequential', 'data_parallel') and not mean
+  if compensation is None or method.compensation is not None or not stale:
+    return [method]
+  guidance = '' if method.select is None else f'+{method.select}'
+  changed = method_named(f'{method.parallel}+{compensation}{guidance}')
+  # What it wins shows beside the plain method.
+  alone = method.select is None and config.parallel is None
+  return [method, changed] if alone else [changed]
 
-  Args:
-    name: Its name.
-    compensation: That of methods whose names say none, or None.
-  """
+
+def method_named(name: str) -> Method:
+  """The method of a name, PARALLEL[+COMPENSATION][+GUIDANCE]."""
   parallel, *rest = name.split('+')
   settings.one_of('a method', parallel, PARALLEL)
-  if compensation is not None:
-    settings.one_of('compensation', compensation, COMPENSATIONS)
-  known = {**COMPENSATIONS, **GUIDANCE}
-  if rest and rest[0] in COMPENSATIONS:
+  compensation = select = None
+  known = {**settings.COMPENSATIONS, **GUIDANCE}
+  if rest and rest[0] in settings.COMPENSATIONS:
     compensation, known = rest.pop(0), GUIDANCE
-  select = None
   if rest:
     settings.one_of(f'what follows + in {name}', rest[0], known)
     select = rest.pop(0)
@@ -101,8 +94,7 @@ def method_named(name: str, compensation: str | None = None) -> Method:
     raise ValueError(
       f'a method is PARALLEL[+COMPENSATION][+GUIDANCE], got {name}'
     )
-  parts = [p for p in (parallel, compensation, select) if p is not None]
-  return Method('+'.join(parts), parallel, compensation, select)
+  return Method(name, parallel, compensation, select)
 
 
 class Started(NamedTuple):

@@ -36,7 +36,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   """
   settings.check(config)
   named = events.methods(config)
-  compensations.check_arguments_are_used(config)
+  compensations.check_used(config)
   for method in named:
     _check_guidance(config, method)
   dataset = _load(config, 0)
@@ -68,6 +68,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
     if method.compensation is not None:
+      parts = transformation.compensation_of(
+        config, method, loss_fn, batch_like
+      )
+      _check_joined(config, method, parts.joined)
       _check_compensation(config, method, tx, params, batch_like)
     _check_memory(config, method, jax.eval_shape(tx.init, params), params)
     _check_trace(config, method)
@@ -90,6 +94,20 @@ def _check_guidance(config, method):
     raise ValueError(
       f'{method.name} would replay nothing, as replays={replays} and '
       f'window={config.window}'
+    )
+
+
+def _check_joined(config, method, batches):
+  """Means of more gradients than there are."""
+  if batches > config.updates:
+    raise ValueError(
+      f'{method.name} applies means of {batches} gradients, and there are only '
+      f'updates={config.updates}; lower compensation_kwargs.size'
+    )
+  if method.select is not None and config.window > config.updates // batches:
+    raise ValueError(
+      f'{method.name} replays at the end of a window: window must be at most '
+      f"the server's {config.updates // batches} updates, got {config.window}"
     )
 
 

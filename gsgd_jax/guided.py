@@ -520,7 +520,8 @@ def _no_replays(rule, batch_like):
   size = min(sizes[0], 2**31 - 1) if sizes else 1
   size = jnp.asarray(size, jnp.int32)
   windows = jnp.zeros([rule.replays], jnp.int32)
-  return _protocol.Replays(zero(), windows, zero(), size)
+  one = jnp.ones([], jnp.int32)
+  return _protocol.Replays(zero(), windows, zero(), size, one)
 
 
 def _more_replays(rule, replays, number):

@@ -6,10 +6,6 @@ known in advance. A *predictor* lets workers read ahead: its state announces an
 offset, and `worker_params` adds it. `dana` and `smega2` predict from momenta,
 `predict` from the last update of any optimizer. Offsets are kept as scalars
 times trees that the state holds anyway.
-
-Two methods come without an offset: `asynchronous_nesterov`, whose reads are
-Nesterov's parameters, and `delayed_nesterov`, whose momentum takes the mean of
-a round.
 """
 
 from typing import NamedTuple
@@ -112,8 +108,9 @@ def dana(
       raise _protocol.missing(
         'dana',
         'worker',
-        'put it inside asynchronous or synchronous, or pass worker=... to '
-        'update (delayed has no workers)',
+        'put it inside asynchronous, or synchronous one by one, or pass '
+        'worker=... to update (delayed, a mean and a split batch have no '
+        'single one)',
       )
     worker = jnp.asarray(0 if worker is None else worker, jnp.int32)
     momenta = state.momenta.tree
@@ -130,7 +127,7 @@ def dana(
     slot, total = _ring.when(
       state.count >= 0, enter, (_ring.read(momenta, worker), state.offset.tree)
     )
-    rate = _rate(learning_rate, state.count)
+    rate = _leaves.rate_at(learning_rate, state.count)
     return _step(rate, slot, updates), DanaState(
       optax.safe_increment(state.count),
       _protocol.PerWorker(_ring.write(momenta, worker, slot)),
@@ -215,7 +212,7 @@ def smega2(
 
   def update_fn(updates, state, params=None):
     del params
-    rate = _rate(learning_rate, state.count)
+    rate = _leaves.rate_at(learning_rate, state.count)
     velocity, total = state.velocity.tree, state.gradients.tree
     step = _step(
       rate,
@@ -227,7 +224,7 @@ def smega2(
       updates,
     )
     total = _leaves.traced(1.0, total, updates)
-    velocity, total, collected = _collected(
+    velocity, total, collected = _leaves.collected(
       workers, state.collected, momentum, velocity, total
     )
     ahead = workers + collected.astype(_protocol.score_dtype()) * (momentum - 1)
@@ -241,154 +238,6 @@ def smega2(
 
   return optax.with_extra_args_support(
     optax.GradientTransformation(init_fn, update_fn)
-  )
-
-
-class DelayedNesterovState(NamedTuple):
-  """State of `delayed_nesterov`."""
-
-  collected: jax.Array  # shape=(), dtype=int32: k, in [0, N).
-  velocity: optax.Updates  # v.
-  gradients: optax.Updates  # A, the sum of what was collected.
-
-
-def delayed_nesterov(
-  learning_rate: optax.ScalarOrSchedule,
-  workers: int,
-  momentum: float = 0.9,
-) -> optax.GradientTransformationExtraArgs:
-  r"""Delayed Nesterov: plain steps, and momentum once a round.
-
-  .. math::
-
-    A \leftarrow A + g, \qquad w \leftarrow w - \eta \frac{g}{N}
-
-  but every N updates
-
-  .. math::
-
-    v \leftarrow b v + \frac{A}{N}, \qquad A \leftarrow 0, \qquad
-    w \leftarrow w - \eta \left( b v + \frac{g}{N} \right)
-
-  so that momentum, which multiplies the harm of staleness, takes means of N
-  gradients. With one worker it is Nesterov's momentum.
-
-  Args:
-    learning_rate: :math:`\eta`, a number or a schedule. A gradient weighs
-      :math:`\eta / (N (1 - b))` in the end.
-    workers: N, at least 1.
-    momentum: :math:`b`, in [0, 1).
-
-  Returns:
-    An ``optax.GradientTransformationExtraArgs``. Its state holds two copies of
-    the parameters.
-
-  Raises:
-    ValueError: ``workers`` or ``momentum`` is out of its range.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import gsgd_jax
-    >>> tx = gsgd_jax.delayed_nesterov(1.0, workers=2, momentum=0.5)
-    >>> params = jnp.array([0.0])
-    >>> state = tx.init(params)
-    >>> for gradient in (1.0, 1.0, 1.0):
-    ...   updates, state = tx.update(jnp.array([gradient]), state, params)
-    ...   print(updates)
-    [-0.5]
-    [-1.]
-    [-0.5]
-
-  References:
-    Liu et al., `Asynchronous Local-SGD Training for Language Modeling`,
-    arXiv:2401.09135, 2024.
-  """
-  workers = _protocol.count_or_traced('workers', workers)
-  momentum = _protocol.fraction('momentum', momentum)
-
-  def init_fn(params):
-    return DelayedNesterovState(
-      jnp.zeros([], jnp.int32),
-      optax.tree.zeros_like(params),
-      _leaves.zero_sums(params),
-    )
-
-  def update_fn(updates, state, params=None):
-    del params
-    total = _leaves.traced(1.0, state.gradients, updates)
-    velocity, total, collected = _collected(
-      workers, state.collected, momentum, state.velocity, total
-    )
-    weight = jnp.where(collected == 0, momentum, 0.0)
-    steps = jax.tree.map(
-      lambda g, v: (
-        g / _leaves.like(workers, g)
-        + _leaves.like(weight, g) * v.astype(g.dtype)
-      ),
-      updates,
-      velocity,
-    )
-    return steps, DelayedNesterovState(collected, velocity, total)
-
-  return optax.with_extra_args_support(
-    optax.chain(
-      optax.GradientTransformation(init_fn, update_fn),
-      optax.scale_by_learning_rate(learning_rate),
-    )
-  )
-
-
-def asynchronous_nesterov(
-  learning_rate: optax.ScalarOrSchedule, momentum: float = 0.99
-) -> optax.GradientTransformationExtraArgs:
-  r"""Asynchronous Nesterov: large momentum, and gradients weighed down by it.
-
-  .. math::
-
-    w_{t+1} = w_t + c (w_t - w_{t-1}) - \eta (1 - c)\, g
-
-  and workers read :math:`w_t + c (w_t - w_{t-1})`. At a constant rate these
-  reads are, under any arrivals, the parameters of Nesterov's momentum without
-  any predictor. So that is what this is,
-  ``optax.sgd(eta * (1 - c), momentum=c, nesterov=True)``: its parameters are
-  the published method's reads.
-
-  Args:
-    learning_rate: :math:`\eta`, a number or a schedule: what a gradient weighs
-      in the end.
-    momentum: :math:`c`, in [0, 1).
-
-  Returns:
-    An ``optax.GradientTransformationExtraArgs``. Its state holds the momentum,
-    one copy of the parameters.
-
-  Raises:
-    ValueError: ``momentum`` is out of its range.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import gsgd_jax
-    >>> tx = gsgd_jax.asynchronous_nesterov(1.0, momentum=0.5)
-    >>> params = jnp.array([0.0])
-    >>> state = tx.init(params)
-    >>> for gradient in (1.0, 0.0):
-    ...   updates, state = tx.update(jnp.array([gradient]), state, params)
-    ...   print(updates)
-    [-0.75]
-    [-0.125]
-
-  References:
-    Ajanthan et al., `Nesterov Method for Asynchronous Pipeline Parallel
-    Optimization`, arXiv:2505.01099, 2025.
-  """
-  momentum = _protocol.fraction('momentum', momentum)
-  scaled = lambda count: _rate(learning_rate, count) * (1 - momentum)
-  return optax.with_extra_args_support(
-    optax.sgd(
-      scaled if callable(learning_rate) else scaled(0),
-      momentum=momentum,
-      nesterov=True,
-    )
   )
 
 
@@ -445,8 +294,10 @@ def predict(
     Parallelism on Multi-GPU Platform`, arXiv:1809.02839, 2018.
   """
   inner = optax.with_extra_args_support(inner)
+  # An injected one may change: only what Python knows may be left out.
+  known = isinstance(horizon, int | float)
   horizon = _protocol.real_or_traced('horizon', horizon)
-  if not isinstance(horizon, jax.core.Tracer) and horizon == 0:
+  if known and horizon == 0:
     return inner
 
   def init_fn(params):
@@ -461,10 +312,6 @@ def predict(
     return updates, PredictState(_offset(horizon, last), inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _rate(learning_rate, count):
-  return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
 def _step(rate, direction, updates):
@@ -482,18 +329,3 @@ def _no_offset(tree):
 
 def _offset(scale, tree):
   return _protocol.ReadOffset(jnp.asarray(scale, _protocol.score_dtype()), tree)
-
-
-def _collected(workers, collected, momentum, velocity, total):
-  """A round's momentum, sum and count after one more gradient."""
-  collected = collected + 1
-  ends = collected >= workers
-  mean = lambda v, a: (
-    _leaves.like(momentum, v) * v
-    + (a / _leaves.like(workers, a)).astype(v.dtype)
-  )
-  velocity = jax.tree.map(
-    lambda v, a: jnp.where(ends, mean(v, a), v), velocity, total
-  )
-  total = jax.tree.map(lambda a: jnp.where(ends, 0, a).astype(a.dtype), total)
-  return velocity, total, jnp.where(ends, 0, collected)

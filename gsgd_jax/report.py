@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import scipy.stats
 
-from gsgd_jax import __version__, events, transformation
+from gsgd_jax import __version__, events, settings, transformation
 
 _PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'scikit-learn')
 _LEVEL = 0.95
@@ -207,14 +207,14 @@ def sentences(
 
   costs = _costs(config)
   for parallel in events.PARALLEL:
-    for compensation in (None, *events.COMPENSATIONS):
+    for compensation in (None, *settings.COMPENSATIONS):
       plain = (parallel, compensation, None)
-      if parallel in costs:
+      if compensation is None and parallel in costs:
         text = f'{costs[parallel]} test accuracy by {{}} points'
-        compare(plain, ('sequential', compensation, None), text)
+        compare(plain, ('sequential', None, None), text)
       training = f'{parallel} training'
       if compensation is not None:
-        label = events.COMPENSATIONS[compensation]
+        label = settings.COMPENSATIONS[compensation]
         who = f'{label[0].upper()}{label[1:]}'
         text = f'{who} changes the accuracy of {training} by {{}} points'
         compare(plain, (parallel, None, None), text)

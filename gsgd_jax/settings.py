@@ -17,22 +17,23 @@ ARRIVALS = (
   'speeds',
   'recorded',
 )
-COMPENSATIONS = (
-  'delay_compensation',
-  'exact_delay_compensation',
-  'scale_by_staleness',
-  'drop_stale',
-  'rennala',
-  'dana',
-  'dana_slim',
-  'dana_dc',
-  'smega2',
-  'predict',
-  'spike_compensation',
-  'adaptive_braking',
-  'asynchronous_nesterov',
-  'delayed_nesterov',
-)
+# Compensations, and how they are called in tables and pictures.
+COMPENSATIONS = {
+  'delay_compensation': 'DC-ASGD',
+  'exact_delay_compensation': 'exact DC',
+  'scale_by_staleness': 'weighing by staleness',
+  'adaptive_braking': 'adaptive braking',
+  'spike_compensation': 'spike compensation',
+  'drop_stale': 'Ringmaster',
+  'rennala': 'Rennala',
+  'dana': 'DANA',
+  'dana_slim': 'DANA-Slim',
+  'dana_dc': 'DANA-DC',
+  'smega2': 'SMEGA2',
+  'predict': 'weight prediction',
+  'asynchronous_nesterov': 'asynchronous Nesterov',
+  'delayed_nesterov': 'delayed Nesterov',
+}
 REPLAY_MODELS = ('serial', 'parallel', 'shared')
 
 
@@ -73,13 +74,11 @@ def default_config() -> ml_collections.ConfigDict:
   )
   config.parallel = config_dict.placeholder(str)  # One method alone, instead,
   config.guidance = config_dict.placeholder(str)  # and its guidance, if any.
-  # What is done about stale gradients by all methods that name nothing else,
-  # and its arguments: delay_compensation, exact_delay_compensation,
-  # scale_by_staleness, drop_stale, rennala, dana, dana_slim, dana_dc, smega2,
-  # predict, spike_compensation, adaptive_braking, asynchronous_nesterov or
-  # delayed_nesterov. Numbers of workers and delays follow from the cluster; one
-  # argument is a learning_rate of its own. With several compensations side by
-  # side: compensation_kwargs.NAME.ARGUMENT.
+  # What methods with stale gradients do about them that name nothing else (one
+  # of COMPENSATIONS; an unguided one is kept beside it), and its arguments:
+  # numbers of workers and delays follow from the cluster, one argument is a
+  # learning_rate of its own. With several compensations side by side write
+  # compensation_kwargs.NAME.ARGUMENT.
   config.compensation = config_dict.placeholder(str)
   config.compensation_kwargs = ml_collections.ConfigDict(
     {name: {} for name in COMPENSATIONS}

@@ -498,7 +498,10 @@ def _counted(state):
     overwritten=overwritten,
     lost=lost,
     refused=acceptance[0].refused if acceptance else zero,
-    extra_gradients=sum((g.count for g in gradients), _replays(state)),
+    extra_gradients=sum(
+      (g.count * g.batches for g in gradients),
+      _replays(state) * (replays[0].batches if replays else 1),
+    ),
   )
 
 

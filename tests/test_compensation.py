@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import gsgd_jax
 from gsgd_jax import _protocol
 from tests import helpers, reference
+from tests.test_arrivals import SEED as ARRIVAL_SEED
+from tests.test_arrivals import cluster as bad_cluster
 from tests.test_arrivals import table
 from tests.test_guided import assert_same_guidance, set_aside_ties
 
@@ -176,6 +178,55 @@ def test_acceptance_around_guided(size, problem, workers, arrivals, mode):
   ):
     set_aside_ties(server.inner)
     helpers.assert_trajectory(flat[workers - 1 :], run.trajectory)
+
+
+@pytest.mark.parametrize('name', ['Ringmaster', 'Rennala'])
+@hypothesis.settings(max_examples=4)
+@given(
+  problem=helpers.problems_of(st.integers(30, 45)),
+  workers=st.sampled_from([2, 5, 8]),
+  max_ahead=st.sampled_from([None, 0, 2]),
+  overwrite_within=st.sampled_from([None, 0.05]),
+  outage=st.sampled_from([None, (1, 0.5, 1.75), (0, 1.25, None)]),
+)
+def test_acceptance_in_a_bad_cluster(
+  name, problem, workers, max_ahead, overwrite_within, outage
+):
+  """What is lost, overwritten or waits is neither applied nor refused."""
+  if outage is not None and outage[2] is None and max_ahead is not None:
+    max_ahead = None  # Everybody would wait for ever.
+  compensation = helpers.COMPENSATIONS[name]
+  outages = [] if outage is None else [outage]
+  process, oracle = bad_cluster('uneven gamma', workers, None, outages)
+  tx = gsgd_jax.asynchronous(
+    compensation.library(problem, workers),
+    workers,
+    arrivals=process,
+    max_ahead=max_ahead,
+    overwrite_within=overwrite_within,
+    batch_like=problem.batch_like,
+    seed=ARRIVAL_SEED,
+  )
+  for seed, (flat, state) in enumerate(helpers.run(tx, problem, 'scan')):
+    start, batches, _ = problem.of_seed(seed)
+    run = reference.asynchronous(
+      start,
+      compensation.oracle(problem, workers),
+      problem.loss,
+      problem.gradient,
+      workers,
+      batches,
+      oracle,
+      max_ahead=max_ahead,
+      overwrite_within=overwrite_within and reference.ticks(overwrite_within),
+    )
+    helpers.assert_trajectory(flat[workers - 1 :], run.trajectory)
+    fates = [fate for *_, fate in run.arrivals]
+    acceptance = state.inner_state
+    assert acceptance.refused[-1] == fates.count('refused')
+    assert acceptance.applied[-1] == state.version[-1]
+    applied = state.applied.by_worker[-1].sum()
+    assert applied == fates.count('applied')
 
 
 @pytest.mark.parametrize('name', helpers.COMPENSATIONS)
@@ -712,6 +763,71 @@ def test_injected_hyperparameters(name, jitted, as_users_run_it):
   assert injected <= {*tx.init(params).hyperparams}
 
 
+def test_an_injected_horizon_may_begin_at_nothing(as_users_run_it):
+  schedule = lambda count: 2.0 * count
+  tx = optax.inject_hyperparams(gsgd_jax.predict, static_args=('inner',))(
+    optax.sgd(1.0), schedule
+  )
+  params = jnp.array([0.0])
+  state, ahead = tx.init(params), []
+  for _ in range(3):
+    _, state = tx.update(jnp.array([1.0]), state, params)
+    ahead.append(float(gsgd_jax.worker_params(params, state)[0]))
+  assert ahead == [0.0, -2.0, -4.0]
+
+
+def test_small_squares_in_half_precision(as_users_run_it):
+  tx = gsgd_jax.delay_compensation(adaptive=True)
+  params = jnp.array([1.0], jnp.float16)
+  gradient = jnp.array([1e-3], jnp.float16)
+  updates, state = tx.update(
+    gradient, tx.init(params), params, stale_params=params * 0
+  )
+  assert updates.dtype == jnp.float16 and state.mean_square[0] > 0
+  strength = 2 / np.sqrt(0.05 * 1e-6 + 1e-7)
+  np.testing.assert_allclose(updates, 1e-3 + strength * 1e-6, rtol=2e-3)
+
+
+def test_stale_params_of_a_real_server_in_another_dtype(as_users_run_it):
+  tx = gsgd_jax.exact_delay_compensation(distance, trust=None)
+  params = {'w': jnp.array([3.0], jnp.bfloat16)}
+  read = {'w': jnp.array([1.0], jnp.float32)}
+  updates, _ = tx.update(
+    {'w': params['w'] * 0 + 2},
+    tx.init(params),
+    params,
+    stale_params=read,
+    batch=jnp.zeros([]),
+  )
+  assert updates['w'].dtype == jnp.bfloat16 and updates['w'][0] == 6
+
+
+def test_replays_of_joined_batches_cost_them_all():
+  problem = helpers.make_problem('quadratic', 4, 2, 40, seed=0)
+  like = jax.tree.map(lambda x: np.concatenate([x] * 4), problem.batch_like)
+  costs = []
+  for model in ('serial', 'parallel', 'shared'):
+    guided = gsgd_jax.guided(
+      optax.sgd(0.1),
+      problem.loss_fn,
+      window=2,
+      replays=1,
+      replay_model=model,
+      batch_like=like,
+    )
+    tx = gsgd_jax.asynchronous(
+      gsgd_jax.rennala(guided, 4, batch_like=problem.batch_like),
+      1,
+      sync_cost=0.0,
+    )
+    ((_, state),) = helpers.run(tx, problem, 'scan')
+    replays = state.inner_state.inner_state.replayed  # After every call.
+    costs.append(gsgd_jax.simulated_time(state)[-1] - 40)
+    taken = state.inner_state.inner_state.gradient_evaluations[-1] - 10
+  assert taken > 0 and replays is not None
+  assert costs == [4 * taken] * 3
+
+
 # Mistakes.
 
 
@@ -780,6 +896,9 @@ def test_missing_extras(name, extra, giver):
     ),
     (lambda: gsgd_jax.spike_compensation(0.1, -1), 'delay must be finite'),
     (lambda: gsgd_jax.spike_compensation(0.1, 1, 1.0), 'momentum must be'),
+    (lambda: gsgd_jax.spike_compensation(0.1, None), 'delay must be a number'),
+    (lambda: gsgd_jax.delay_compensation(adaptive=1), 'adaptive must be True'),
+    (lambda: gsgd_jax.drop_stale(HEAVY_BALL, 2**31), 'must be below 2'),
     (lambda: gsgd_jax.adaptive_braking(0.1, 1.5), 'momentum must be'),
     (
       lambda: gsgd_jax.adaptive_braking(0.1, strength=-1.0),
@@ -825,6 +944,20 @@ def test_acceptance_of_a_pipeline(name):
   tx = gsgd_jax.delayed(EVERYTHING[name], {'a': 0, 'b': 1})
   line = complain(tx.update, params, tx.init(params), params)
   assert f'{name} needs one staleness' in line
+
+
+def test_exact_compensation_of_hidden_parameters():
+  params = {'a': jnp.array([1.0]), 'b': jnp.array([1.0])}
+  tx = optax.masked(EVERYTHING['exact'], {'a': True, 'b': False})
+  line = complain(
+    tx.update,
+    params,
+    tx.init(params),
+    params,
+    stale_params=params,
+    batch=jnp.zeros([]),
+  )
+  assert 'mask the optimizer after it' in line
 
 
 def test_a_pipelines_leaves_are_weighed_each_by_its_own():

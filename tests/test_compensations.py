@@ -151,11 +151,11 @@ def test_what_a_name_makes(name, guided):
 
 
 def test_every_name_is_known_everywhere():
-  assert set(compensations.NAMES) == set(events.COMPENSATIONS)
-  assert set(settings.COMPENSATIONS) == set(events.COMPENSATIONS)
+  assert set(compensations.NAMES) == set(settings.COMPENSATIONS)
+  assert set(settings.COMPENSATIONS) == set(settings.COMPENSATIONS)
   given = settings.default_config().compensation_kwargs
-  assert set(given) == set(events.COMPENSATIONS)
-  assert not set(events.COMPENSATIONS) & set(events.GUIDANCE)
+  assert set(given) == set(settings.COMPENSATIONS)
+  assert not set(settings.COMPENSATIONS) & set(events.GUIDANCE)
 
 
 IMPOSSIBLE = {
@@ -177,8 +177,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize('name', compensations.NAMES)
 def test_every_method_has_every_compensation_it_can(name, parallel, combine):
   config = setting(
-    methods=(parallel, f'{parallel}+random'),
-    compensation=name,
+    methods=(f'{parallel}+{name}', f'{parallel}+{name}+random'),
     combine=combine,
     updates=250,
   )
@@ -189,8 +188,6 @@ def test_every_method_has_every_compensation_it_can(name, parallel, combine):
     assert '\n' not in str(e.value)
   else:
     experiment.check(config)
-    names = [method.name for method in events.methods(config)]
-    assert names == [f'{parallel}+{name}', f'{parallel}+{name}+random']
 
 
 def test_where_nothing_is_stale_it_is_the_limit():
@@ -211,6 +208,33 @@ def test_where_nothing_is_stale_it_is_the_limit():
       one,
       other,
     )
+
+
+@pytest.mark.parametrize(
+  'changes, expected',
+  [
+    ({}, ['sequential', 'asynchronous', 'asynchronous+dana']),
+    (dict(methods=('asynchronous+random',)), ['asynchronous+dana+random']),
+    (
+      dict(methods=('asynchronous+smega2', 'asynchronous+dana,asynchronous')),
+      ['asynchronous+smega2', 'asynchronous+dana', 'asynchronous'],
+    ),
+    (
+      dict(methods=('synchronous', 'data_parallel')),
+      ['synchronous', 'synchronous+dana', 'data_parallel'],
+    ),
+    (dict(parallel='asynchronous'), ['asynchronous+dana']),
+    (
+      dict(parallel='synchronous', guidance='random'),
+      ['synchronous+dana+random'],
+    ),
+  ],
+)
+def test_a_compensation_for_all(changes, expected):
+  """Of stale methods, beside the plain ones; one alone stays alone."""
+  base = dict(methods=('sequential', 'asynchronous'), compensation='dana')
+  config = setting(**(base | changes))
+  assert [m.name for m in events.methods(config)] == expected
 
 
 def kwargs(**given):
@@ -242,7 +266,10 @@ def test_arguments():
     (dict(dana=dict(momentum=3)), '^compensation dana: momentum must be'),
     (dict(dana=dict(learning_rate=-1.0)), 'learning_rate of compensation dana'),
     (dict(dana=dict(learning_rate='x')), 'learning_rate of compensation dana'),
-    (dict(dana=dict(workers=2)), 'keeps the momenta of 2'),
+    (dict(dana=dict(workers=2)), 'no argument workers; it has momentum'),
+    (dict(rennala=dict(size=2)), 'compensation_kwargs.rennala belongs to'),
+    (dict(rennala=dict(sise=2)), 'compensation_kwargs.rennala belongs to'),
+    (dict(smega2=dict(workers=2**31)), 'workers must be below 2'),
     (dict(dana=dict(momentum=None)), 'compensation dana'),
     (dict(smega2=dict(loss_fn=2)), 'no argument loss_fn'),
   ],
@@ -263,8 +290,42 @@ def test_wrong_arguments(changes, message):
     (dict(methods=('asynchronous+random+dana',)), r'PARALLEL\[\+COMPENSATION'),
     (dict(methods=('asynchronous+dana+random+random',)), 'a method is'),
     (
-      dict(methods=('asynchronous', 'asynchronous+dana'), compensation='dana'),
+      dict(methods=('asynchronous+dana', 'asynchronous+dana')),
       'methods must differ, got asynchronous.dana twice',
+    ),
+    (
+      dict(methods=('sequential',), compensation='dana'),
+      'compensation=dana changes nothing.*methods=sequential.dana',
+    ),
+    (
+      dict(compensation='dana_slim', compensation_kwargs=dict(momentum=1.0)),
+      'compensation dana_slim: momentum must be at least 0 and below 1',
+    ),
+    (
+      dict(compensation='dana_slim', compensation_kwargs=dict(momentum='a')),
+      'compensation dana_slim: momentum must be a number',
+    ),
+    (
+      dict(compensation='rennala', compensation_kwargs=dict(size=26)),
+      'means of 26 gradients, and there are only updates=25',
+    ),
+    (
+      dict(compensation='rennala', compensation_kwargs=dict(size=9)),
+      "window must be at most the server's 2 updates, got 5",
+    ),
+    (
+      dict(
+        compensation='delay_compensation',
+        compensation_kwargs=dict(adaptive='yes'),
+      ),
+      'adaptive must be True or False',
+    ),
+    (
+      dict(
+        compensation='spike_compensation',
+        compensation_kwargs=dict(delay=None),
+      ),
+      'delay must be a number',
     ),
     (dict(compensation='dana', optimizer='adam'), 'an optimizer of its own'),
     (
@@ -338,6 +399,12 @@ def test_a_run_side_by_side():
   # Four of six are kept, and applied as one.
   assert rennala.refused[-1].tolist() == [10, 10]
   assert rennala.applied[-1].tolist() == [5, 5]
+  # A replay's batch is of four workers' batches, and so is its price.
+  replays = (rennala.gradient_evaluations[-1] - 32) / 4
+  assert (replays > 0).any() and (replays % 1 == 0).all()
+  np.testing.assert_allclose(
+    rennala.simulated_time[-1], plain.simulated_time[-1] + 4 * replays
+  )
   # The first one of all is fresh; all others cost two gradients more.
   gradients = 2 * 29 + 32
   assert exact.gradient_evaluations[-1].tolist() == [gradients] * 2
@@ -358,4 +425,5 @@ def test_what_is_said_of_a_compensation():
   )
   said = ' '.join(report.sentences(config, experiment.run(config)))
   assert 'The delay of 3 workers changes test accuracy by' in said
+  assert 'DANA changes the accuracy of asynchronous training by' in said
   assert 'change the accuracy of asynchronous training with DANA by' in said

@@ -451,15 +451,6 @@ def test_a_stored_gradient_carries_its_age():
   assert state.inner_state == 10 + 4 - position
 
 
-def test_stored_gradients_refuse_what_needs_stale_params():
-  tx = gsgd_jax.guided(
-    helpers.delay_compensated(helpers._extra(optax.sgd(0.1)), 0.1), window=4
-  )
-  params = jnp.zeros([2])
-  with pytest.raises(TypeError, match='stale_params'):
-    tx.update(params, tx.init(params), params, value=1.0, stale_params=params)
-
-
 def test_seed_may_be_traced():
   problem = helpers.make_problem('logistic', 4, 2, 30, seed=2)
 

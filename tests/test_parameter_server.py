@@ -260,7 +260,10 @@ def test_the_program(tmp_path):
 @pytest.mark.parametrize(
   ('flag', 'sentence'),
   [
-    ('--workers=0', 'flag --workers=0: an integer of at least 1 expected'),
+    (
+      '--workers=0',
+      'flag --workers=0: an integer from 1 on expected, of workers 500 at most',
+    ),
     ('--trace=no/t.csv', 'cannot write no/t.csv: No such file or directory'),
   ],
 )

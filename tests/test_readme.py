@@ -9,7 +9,7 @@ import tempfile
 import jax
 
 import gsgd_jax
-from gsgd_jax import events, settings
+from gsgd_jax import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -60,7 +60,7 @@ def test_the_guide_to_compensations_runs():
 
 
 def test_every_compensation_has_its_line():
-  for name in events.COMPENSATIONS:
+  for name in settings.COMPENSATIONS:
     assert re.search(rf'^\| `--config\.[^|]*\b{name}\b', README, re.MULTILINE)
     if name not in ('dana_slim', 'dana_dc'):  # Compositions.
       assert f'`{name}' in COMPENSATION
