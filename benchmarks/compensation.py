@@ -50,6 +50,9 @@ COMPENSATIONS = {
   'rennala': lambda n: gsgd_jax.rennala(optax.sgd(RATE), n),
   'dana': lambda n: gsgd_jax.dana(RATE, n),
   'DANA-Slim': lambda n: optax.sgd(RATE),
+  'DANA-DC': lambda n: optax.chain(
+    gsgd_jax.delay_compensation(2.0), gsgd_jax.dana(RATE, n)
+  ),
   'smega2': lambda n: gsgd_jax.smega2(RATE, n),
   'predict': lambda n: gsgd_jax.predict(optax.sgd(RATE), n - 1),
   'spike_compensation': lambda n: gsgd_jax.spike_compensation(RATE, n - 1),
@@ -61,6 +64,7 @@ NEED_STALE_PARAMS = (
   'delay_compensation',
   'delay_compensation, adaptive',
   'exact_delay_compensation',
+  'DANA-DC',
 )
 
 

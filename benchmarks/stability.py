@@ -363,6 +363,14 @@ METHODS = {
     _nominal,
     None,
   ),
+  'dana_dc': Method(
+    'DANA-DC, lam 2',
+    lambda eta, n: optax.chain(
+      gsgd_jax.delay_compensation(2.0), gsgd_jax.dana(eta, n, MOMENTUM)
+    ),
+    _by_momentum,
+    None,
+  ),
   'braking': Method(
     '`adaptive_braking(strength=0.5)`',
     lambda eta, n: gsgd_jax.adaptive_braking(eta, MOMENTUM, BRAKE),
@@ -800,7 +808,7 @@ The largest stable eta c, momentum {momentum} where no other is said:
 ## How it was found
 
 *Measured* is the library itself, in float64: `asynchronous` around the method,
-called with gradients taken at `worker_params`. All methods but the last three
+called with gradients taken at `worker_params`. All methods but the last four
 are linear in w. One cycle of calls, after which every worker is where it was,
 is then a linear map of the numbers in parameters and state; a step is stable
 where every mode of that map in which a run from w_0 has a share is smaller
@@ -809,12 +817,12 @@ bisection. *Theory* is the characteristic polynomial of the published update
 rule, or its matrix over a cycle where the rule changes within one, in plain
 NumPy. They are to agree within 0.1 %; the last column says how well they do.
 
-The last three are not linear, so they are run: {n} N calls from w_0 = {w_0}.
+The last four are not linear, so they are run: {n} N calls from w_0 = {w_0}.
 Stable is where |w| never passes {far} w_0, and its maximum over the last
 quarter of the run is at least 1 % below that over the second. For these there
 is no theory here, and they are good to half a percent: a longer run brings
 `delay_compensation(0.04)` closer to SGD. `adaptive_braking` is the same at any
-scale; the two others depend on w_0. From w_0 = 30 `delay_compensation(0.04)` is
+scale; the others depend on w_0. From w_0 = 30 `delay_compensation(0.04)` is
 stable up to 0.039 only, at tau = 3.
 
 * `delay_compensation(0.04)` above the border does not diverge at once: w goes

@@ -168,7 +168,7 @@ def test_the_page_has_every_method_and_agrees_with_theory():
 
 
 @pytest.mark.parametrize(
-  'name', ['delay_compensation', 'adaptive_compensation', 'braking']
+  'name', ['delay_compensation', 'adaptive_compensation', 'dana_dc', 'braking']
 )
 def test_the_page_agrees_with_runs(name):
   found = stability.measured(stability.METHODS[name], 3)
