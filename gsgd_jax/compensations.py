@@ -168,9 +168,33 @@ def parts_of(name: str, given: dict[str, Any], cluster: Cluster) -> Parts:
   Raises:
     ValueError: An argument is unknown or out of its range.
   """
+  parameters = inspect.signature(_factory(name)).parameters
+  arguments = _arguments(name, given, parameters, cluster)
+  make = _maker(name, arguments)
+  needs = dict(needs_stale_params=name in NEED_STALE_PARAMS)
+  if name in CORRECTIONS:
+    return Parts(correction=make(), **needs)
+  make(0.1 if name in OPTIMIZERS else optax.identity())  # Looks at them now.
+  if name in ACCEPTANCE:
+    return Parts(acceptance=make, joined=arguments.get('size', 1))
+  if name == 'predict':
+    return Parts(prediction=make)
+  parts = Parts(optimizer=make, **needs)
+  if name not in PER_WORKER:
+    return parts
+  momentum = arguments.get('momentum', parameters['momentum'].default)
+  parts = parts._replace(replay_weight=1 / (1 - momentum))
+  if name != 'dana_slim':
+    return parts
+  transform = optax.trace(momentum, nesterov=True)
+  if cluster.own_transform:
+    return parts._replace(worker_transform=transform)
+  return parts._replace(correction=transform)
+
+
+def _arguments(name, given, parameters, cluster):
+  """What is given, and what follows from the cluster."""
   given = {k: v for k, v in given.items() if k != 'learning_rate'}
-  factory = _factory(name)
-  parameters = inspect.signature(factory).parameters
   ours = {*_OURS, *(('workers',) if name in PER_WORKER else ())}
   known = [p for p in parameters if p not in ours]
   for argument in given:
@@ -188,37 +212,21 @@ def parts_of(name: str, given: dict[str, Any], cluster: Cluster) -> Parts:
     loss_fn=cluster.loss_fn,
     batch_like=cluster.batch_like,
   )
-  follow = {k: v for k, v in follow.items() if k in parameters}
-  arguments = follow | given
+  return {k: v for k, v in follow.items() if k in parameters} | given
+
+
+def _maker(name, arguments):
+  """Its factory, whose complaints name it."""
 
   def make(*args):
     try:
-      return factory(*args, **arguments)
+      return _factory(name)(*args, **arguments)
     except ValueError as e:
       raise ValueError(f'compensation {name}: {e}') from e
     except TypeError as e:
       raise ValueError(f'compensation {name} refuses its arguments: {e}') from e
 
-  needs = dict(needs_stale_params=name in NEED_STALE_PARAMS)
-  if name in CORRECTIONS:
-    return Parts(correction=make(), **needs)
-  if name in ACCEPTANCE:
-    make(optax.identity())  # Its arguments are looked at now.
-    return Parts(acceptance=make, joined=arguments.get('size', 1))
-  if name == 'predict':
-    make(optax.identity())
-    return Parts(prediction=make)
-  make(0.1)
-  momentum = arguments.get('momentum', parameters['momentum'].default)
-  parts = Parts(optimizer=make, **needs)
-  if name in PER_WORKER:
-    parts = parts._replace(replay_weight=1 / (1 - momentum))
-  if name == 'dana_slim':
-    transform = optax.trace(momentum, nesterov=True)
-    if cluster.own_transform:
-      return parts._replace(worker_transform=transform)
-    return parts._replace(correction=transform)
-  return parts
+  return make
 
 
 def optimizer_of(
