@@ -202,6 +202,7 @@ def test_names_follow_the_state():
     'inner_state.replays.parallel',
     'inner_state.replays.shared',
     'inner_state.replays.batch_size',
+    'inner_state.replays.batches',
     'inner_state.inner_state[0].count',
     'inner_state.inner_state[0].mu',
     'inner_state.inner_state[0].nu',
