@@ -203,7 +203,7 @@ def delayed_nesterov(
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``. Its state holds two copies of
-    the parameters.
+    the parameters, A in at least float32.
 
   Raises:
     ValueError: ``workers`` or ``momentum`` is out of its range.

@@ -66,8 +66,8 @@ def dana(
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is a
-    ``DanaState``: N + 1 copies of the parameters. A step costs the same for
-    any N.
+    ``DanaState``: N + 1 copies of the parameters, the sum in at least float32.
+    A step costs the same for any N.
 
   Raises:
     ValueError: ``workers`` or ``momentum`` is out of its range; in ``update``,
@@ -177,7 +177,7 @@ def smega2(
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is a
-    ``Smega2State``: two copies of the parameters.
+    ``Smega2State``: two copies of the parameters, G in at least float32.
 
   Raises:
     ValueError: ``workers`` or ``momentum`` is out of its range.

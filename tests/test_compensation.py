@@ -658,9 +658,6 @@ def test_schedules(name, as_users_run_it):
     tx = MOMENTA[name](rate)
     state = tx.init(params) if state is None else state
     gradient = jnp.full_like(params, 0.25 * (i + 1))
-    # The state of a rate has the structure of any other's; but for schedules'.
-    if len(jax.tree.leaves(state)) != len(jax.tree.leaves(tx.init(params))):
-      pytest.fail('a rate decides the state')
     updates, state = tx.update(
       gradient, state, expected, worker=jnp.int32(i % 2)
     )
@@ -693,8 +690,6 @@ def test_masked(name, whole_extras, as_users_run_it):
   )
   reads = drive(tx, params)
   alone = drive(EVERYTHING[name], {'a': params['a']})
-  if name != 'braking':  # Its angle is over what it is given; that is 'a'.
-    pass
   for read, expected in zip(reads, alone, strict=True):
     np.testing.assert_allclose(read['a'], expected['a'], rtol=1e-6)
   # What is hidden passes through, as optax has it.
@@ -821,10 +816,9 @@ def test_replays_of_joined_batches_cost_them_all():
       sync_cost=0.0,
     )
     ((_, state),) = helpers.run(tx, problem, 'scan')
-    replays = state.inner_state.inner_state.replayed  # After every call.
     costs.append(gsgd_jax.simulated_time(state)[-1] - 40)
     taken = state.inner_state.inner_state.gradient_evaluations[-1] - 10
-  assert taken > 0 and replays is not None
+  assert taken > 0
   assert costs == [4 * taken] * 3
 
 
