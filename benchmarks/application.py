@@ -30,8 +30,8 @@ from gsgd_jax import (
   events,
   experiment,
   models,
+  programs,
   settings,
-  training,
   transformation,
   worker_params,
 )
@@ -84,9 +84,9 @@ def all_rows(config, method, datasets):
   filling = transformation.filling_calls(config, method)
   calls = config.updates + filling
   pieces = []
-  for first in range(0, calls, training._padded(config)):
-    length = min(training._padded(config), calls - first)
-    rows = training._rows(config, method, datasets, first, length, filling)
+  for first in range(0, calls, programs.padded(config)):
+    length = min(programs.padded(config), calls - first)
+    rows = programs.rows_of(config, method, datasets, first, length)
     pieces.append(jax.tree.map(lambda r, n=length: r[:, :n], rows))
   return jax.tree.map(lambda *r: np.concatenate(r, axis=1), *pieces)
 

@@ -20,7 +20,7 @@ from absl import app, flags
 
 import gsgd_jax
 from benchmarks import staleness, timing
-from gsgd_jax import training
+from gsgd_jax import programs
 
 _CLUSTER_ROUNDS = flags.DEFINE_integer('cluster_rounds', 15, 'Timed rounds.')
 
@@ -72,7 +72,7 @@ def vmapped(workers, arrivals, params, gradient):
     return jax.lax.scan(body, carry, length=STEPS)[0]
 
   both = lambda seed, params: several(begin(seed, params))
-  axes = training.batched_axes(both, seeds[0], params)
+  axes = programs.batched_axes(both, seeds[0], params)
   many = jax.tree.map(lambda p: jax.numpy.stack([p] * SEEDS), params)
   start = jax.jit(jax.vmap(begin, out_axes=axes))(seeds, many)
   program = jax.jit(

@@ -1,5 +1,6 @@
 """gsgd_jax: training with stale gradients, in JAX."""
 
+from gsgd_jax import parallel
 from gsgd_jax._protocol import worker_params
 from gsgd_jax._version import __version__ as __version__
 from gsgd_jax.acceptance import drop_stale, rennala
@@ -60,6 +61,7 @@ __all__ = [
   'fixed_speeds',
   'gamma_arrivals',
   'guided',
+  'parallel',
   'predict',
   'read_trace',
   'record_staleness',

@@ -16,6 +16,7 @@ from gsgd_jax import (
   events,
   models,
   optimizers,
+  parallel,
   settings,
   training,
   transformation,
@@ -64,16 +65,24 @@ def check(config: ml_collections.ConfigDict) -> None:
     batch=batch_like,
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
+  mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
   for method in named:
+    _check_divides(config, method, devices.number)
     batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
     if method.compensation is not None:
-      parts = transformation.compensation_of(
-        config, method, loss_fn, batch_like
-      )
+      inside = transformation.arriving(config, method, batch_like)
+      parts = transformation.compensation_of(config, method, loss_fn, inside)
       _check_joined(config, method, parts.joined)
       _check_compensation(config, method, tx, params, batch_like)
-    _check_memory(config, method, jax.eval_shape(tx.init, params), params)
+    init, room = tx.init, 0
+    if devices.number > 1:
+      apart = transformation.make_parallel(
+        config, method, loss_fn, batch_like, devices
+      )
+      init, room = apart.local_init, apart.room
+    state = jax.eval_shape(init, params)
+    _check_memory(config, method, state, params, room, mesh)
     _check_trace(config, method)
 
 
@@ -142,10 +151,33 @@ def _check_trace(config, method):
     )
 
 
-def _check_memory(config, method, state, params):
-  trees = (state, params, params)  # With the gradient.
+def _check_divides(config, method, devices):
+  """Several devices share batches and workers equally."""
+  split = method.parallel == 'data_parallel' and config.split_batch_size
+  shared = ['split_batch_size' if split else 'batch_size']
+  kind = transformation.parallel_kind(config, method)
+  if kind == 'asynchronous':
+    shared.append('workers')
+  if kind == 'synchronous':
+    shared.append('workers' if config.wait_for is None else 'wait_for')
+  for name in shared:
+    number = config[name]
+    if number % devices:
+      nearest = parallel.nearest_multiple(number, devices)
+      fewer = max(d for d in range(1, devices) if number % d == 0)
+      raise ValueError(
+        f'{method.name}: {devices} devices cannot share {name}={number} '
+        f'equally; {nearest} would do, or --config.devices={fewer}'
+      )
+
+
+def _check_memory(config, method, state, params, room, mesh):
+  # With the gradient, and what a device needs of parameters meanwhile.
+  trees = (state, *[params] * (2 + room))
   sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(trees)]
   needed, there = config.seeds * sum(sizes), _memory()
+  if mesh.devices.flat[0].platform == 'cpu':  # They share it.
+    needed *= mesh.size // jax.process_count()
   if there is not None and needed > there:
     raise ValueError(
       f'{method.name} needs at least {needed / 2**30:,.0f} GiB of memory for '
@@ -218,13 +250,14 @@ def stream(
   check(config)
   datasets = [_load(config, seed) for seed in range(config.seeds)]
   model = make_model(config, datasets[0])
-  arrays = _arrays(datasets)
-  params = _initial_params(model, config.seeds)
+  mesh = parallel.make_mesh(config.devices)
+  arrays = parallel.everywhere(mesh, _arrays(datasets))
+  params = parallel.everywhere(mesh, _initial_params(model, config.seeds))
   for method in events.methods(config):
     yield events.Started(method)
     traced = profile_to and profile_to / method.name
     yield from training.train(
-      config, method, model, datasets, params, arrays, traced
+      config, method, model, datasets, params, arrays, mesh, traced
     )
 
 

@@ -118,6 +118,40 @@ def synchronous(
     Sharma, `Guided parallelized stochastic gradient descent for delay
     compensation`, arXiv:2101.07259, 2021.
   """
+  settings = synchronous_rounds(
+    inner,
+    workers,
+    combine=combine,
+    wait_for=wait_for,
+    arrivals=arrivals,
+    batch_like=batch_like,
+    sync_cost=sync_cost,
+    seed=seed,
+  )
+  return transformation(settings)
+
+
+def transformation(
+  settings: 'Rounds',
+) -> optax.GradientTransformationExtraArgs:
+  """`synchronous` with these settings."""
+  if settings.collects:
+    return _synchronous_mean(settings)
+  return _synchronous_sequential(settings)
+
+
+def synchronous_rounds(
+  inner: optax.GradientTransformation,
+  workers: int,
+  *,
+  combine: str = 'sequential',
+  wait_for: int | None = None,
+  arrivals: ArrivalProcess = round_robin(),
+  batch_like: Any = None,
+  sync_cost: float = 0.1,
+  seed: int | jax.Array = 0,
+) -> 'Rounds':
+  """The checked settings of `synchronous`."""
   workers = _protocol.positive_int('workers', workers)
   _protocol.one_of('combine', combine, ('sequential', 'mean'))
   waited = workers
@@ -128,25 +162,24 @@ def synchronous(
         f'wait_for must be at most workers={workers}, got {waited}'
       )
   _check_rounds('synchronous', checked(arrivals), workers, waited)
-  settings = _Rounds(
+  return Rounds(
     inner=optax.with_extra_args_support(inner),
     workers=workers,
+    collects=combine == 'mean' and workers > 1,
     wait_for=waited,
     arrivals=arrivals,
     batch_like=batch_like,
     sync_cost=_protocol.real_or_traced('sync_cost', sync_cost),
     seed=seed,
   )
-  if combine == 'sequential' or workers == 1:
-    return _synchronous_sequential(settings)
-  return _synchronous_mean(settings)
 
 
-class _Rounds(NamedTuple):
+class Rounds(NamedTuple):
   """The settings of `synchronous`."""
 
   inner: optax.GradientTransformationExtraArgs
   workers: int
+  collects: bool  # Gradients, for their mean.
   wait_for: int
   arrivals: ArrivalProcess
   batch_like: Any
@@ -281,39 +314,64 @@ def _synchronous_mean(settings):
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    last = state.count == gradients - 1
     sums = _mean.added(
       'synchronous', state.sums, state.count, updates, batch_like, extra_args
     )
-    mean, extras = _mean.packet(sums, gradients, updates, extra_args)
-    if params is not None:
-      extras['stale_params'] = _protocol.worker_params(
-        params, state.inner_state
-      )
-
-    def apply(carry):
-      mean, inner_state = carry
-      return inner.update(mean, inner_state, params, **extras)
-
-    new_updates, inner_state = _ring.applied_when(
-      last, apply, (mean, state.inner_state)
-    )
-    this = settings.decided(state)
-    applied = _ring.when(
-      last, lambda counts: counts.at[this.order].add(1), this.applied.by_worker
-    )
-    now, this = settings.ended(state, this, last, applied)
-    return new_updates, SynchronousState(
-      count=(state.count + 1) % gradients,
-      updated=state.updated,
-      clock=now,
-      round=this,
-      round_start=None,
-      sums=sums,
-      inner_state=inner_state,
-    )
+    return collected(settings, state, sums, 1, updates, params, extra_args)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def collected(
+  settings: Rounds,
+  state: SynchronousState,
+  sums: _mean.Sums,
+  more: int | jax.Array,
+  updates: optax.Updates,
+  params: optax.Params | None,
+  extra_args: dict[str, Any],
+) -> tuple[optax.Updates, SynchronousState]:
+  """What a call does once gradients are collected: the last applies their mean.
+
+  Args:
+    settings: The settings; `collects` is true.
+    state: The state before.
+    sums: What has been collected in this round by now.
+    more: How many gradients entered it.
+    updates: A tree of the dtypes of gradients.
+    params: The parameters.
+    extra_args: Those of the call.
+
+  Returns:
+    Updates, and the state.
+  """
+  gradients = settings.wait_for
+  last = state.count + more == gradients
+  mean, extras = _mean.packet(sums, gradients, updates, extra_args)
+  if params is not None:
+    extras['stale_params'] = _protocol.worker_params(params, state.inner_state)
+
+  def apply(carry):
+    mean, inner_state = carry
+    return settings.inner.update(mean, inner_state, params, **extras)
+
+  new_updates, inner_state = _ring.applied_when(
+    last, apply, (mean, state.inner_state)
+  )
+  this = settings.decided(state)
+  applied = _ring.when(
+    last, lambda counts: counts.at[this.order].add(1), this.applied.by_worker
+  )
+  now, this = settings.ended(state, this, last, applied)
+  return new_updates, SynchronousState(
+    count=(state.count + more) % gradients,
+    updated=state.updated,
+    clock=now,
+    round=this,
+    round_start=None,
+    sums=sums,
+    inner_state=inner_state,
+  )
 
 
 class DataParallelState(NamedTuple):

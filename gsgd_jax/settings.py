@@ -134,6 +134,11 @@ def default_config() -> ml_collections.ConfigDict:
   config.verification = True
   config.average_scores = False
   config.stored_gradients = False
+  # Devices: all there are (None), or so many; of several hosts as many each.
+  config.devices = config_dict.placeholder(int)
+  # At most so many of the 'asynchronous' workers take gradients at once; each
+  # needs a copy of the parameters meanwhile. None is all. One device takes one.
+  config.round_size = config_dict.placeholder(int)
   # Watching.
   config.tensorboard = False  # Event files in the workdir.
   config.profile = False  # A jax.profiler trace of a few steps of each method.
@@ -197,6 +202,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   _integer(config, 'wait_for', 1, optional=True)
   _integer(config, 'split_batch_size', 1, optional=True)
   _integer(config, 'max_ahead', 0, optional=True)
+  _integer(config, 'devices', 1, optional=True)
+  _integer(config, 'round_size', 1, optional=True)
   for name in ('verification', 'average_scores', 'stored_gradients'):
     _truth(config, name)
   _truth(config, 'tensorboard')

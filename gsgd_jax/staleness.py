@@ -11,6 +11,7 @@ a real server that supplies the same extra arguments.
 The cost of a step does not grow with the number of workers: `_ring` says how.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -158,6 +159,36 @@ def asynchronous(
     Sharma, `Guided parallelized stochastic gradient descent for delay
     compensation`, arXiv:2101.07259, 2021.
   """
+  return transformation(
+    asynchronous_server(
+      inner,
+      workers,
+      arrivals=arrivals,
+      worker_transform=worker_transform,
+      batch_like=batch_like,
+      keep_params=keep_params,
+      overwrite_within=overwrite_within,
+      max_ahead=max_ahead,
+      sync_cost=sync_cost,
+      seed=seed,
+    )
+  )
+
+
+def asynchronous_server(
+  inner: optax.GradientTransformation,
+  workers: int,
+  *,
+  arrivals: ArrivalProcess = round_robin(),
+  worker_transform: optax.GradientTransformation | None = None,
+  batch_like: Any = None,
+  keep_params: bool = False,
+  overwrite_within: float | None = None,
+  max_ahead: int | None = None,
+  sync_cost: float = 0.1,
+  seed: int | jax.Array = 0,
+) -> 'Server':
+  """The checked settings of `asynchronous`."""
   checked(arrivals)
   if overwrite_within is not None:
     overwrite_within = _protocol.real_or_traced(
@@ -172,20 +203,18 @@ def asynchronous(
       )
   if worker_transform is None:
     worker_transform = optax.identity()
-  return _transformation(
-    _Server(
-      inner=optax.with_extra_args_support(inner),
-      workers=_protocol.positive_int('workers', workers),
-      who='asynchronous',
-      arrivals=arrivals,
-      transform=optax.with_extra_args_support(worker_transform),
-      batch_like=batch_like,
-      keep_params=keep_params,
-      overwrite_within=overwrite_within,
-      max_ahead=max_ahead,
-      sync_cost=_protocol.real_or_traced('sync_cost', sync_cost),
-      seed=seed,
-    )
+  return Server(
+    inner=optax.with_extra_args_support(inner),
+    workers=_protocol.positive_int('workers', workers),
+    who='asynchronous',
+    arrivals=arrivals,
+    transform=optax.with_extra_args_support(worker_transform),
+    batch_like=batch_like,
+    keep_params=keep_params,
+    overwrite_within=overwrite_within,
+    max_ahead=max_ahead,
+    sync_cost=_protocol.real_or_traced('sync_cost', sync_cost),
+    seed=seed,
   )
 
 
@@ -253,19 +282,13 @@ def delayed(
     Kosson et al., `Pipelined Backpropagation at Scale`, arXiv:2003.11666, 2021.
   """
   if jax.tree.structure(delay) == jax.tree.structure(0):
-    return _transformation(
-      _Server(
-        inner=optax.with_extra_args_support(inner),
-        workers=_protocol.positive_int('delay', delay, minimum=0) + 1,
-        who='delayed',
-        arrivals=round_robin(),
-        transform=optax.with_extra_args_support(optax.identity()),
+    return transformation(
+      delayed_server(
+        inner,
+        delay,
         batch_like=batch_like,
         keep_params=keep_params,
-        overwrite_within=None,
-        max_ahead=None,
-        sync_cost=_protocol.real_or_traced('sync_cost', sync_cost),
-        seed=0,
+        sync_cost=sync_cost,
       )
     )
   if batch_like is not None:
@@ -281,7 +304,27 @@ def delayed(
   return pipeline.delayed_leaves(inner, delay, keep_params)
 
 
-class _Server(NamedTuple):
+def delayed_server(
+  inner: optax.GradientTransformation,
+  delay: int,
+  *,
+  batch_like: Any = None,
+  keep_params: bool = False,
+  sync_cost: float = 0.1,
+) -> 'Server':
+  """The checked settings of `delayed` with an int."""
+  delay = _protocol.positive_int('delay', delay, minimum=0)
+  settings = asynchronous_server(
+    inner,
+    delay + 1,
+    batch_like=batch_like,
+    keep_params=keep_params,
+    sync_cost=sync_cost,
+  )
+  return settings._replace(who='delayed')
+
+
+class Server(NamedTuple):
   """The settings of `asynchronous`, and of `delayed` with an int."""
 
   inner: optax.GradientTransformationExtraArgs
@@ -304,7 +347,8 @@ class _Server(NamedTuple):
     return self.workers == 1 and every and self.overwrite_within is None
 
 
-def _transformation(server):
+def transformation(server: Server) -> optax.GradientTransformationExtraArgs:
+  """`asynchronous` or `delayed` with these settings."""
   update = _update
   if server.alone:
     update = _update_alone
@@ -312,7 +356,7 @@ def _transformation(server):
     update = _update_bounded
 
   def init_fn(params):
-    return _init(server, params)
+    return begin(server, params)
 
   def update_fn(updates, state, params=None, **extra_args):
     return update(server, updates, state, params, extra_args)
@@ -320,7 +364,8 @@ def _transformation(server):
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _init(server, params):
+def begin(server: Server, params: optax.Params) -> AsynchronousState:
+  """The state before the first call."""
   workers, alone = server.workers, server.alone
   bounded = server.max_ahead is not None and not alone
   worker_state = server.transform.init(params)
@@ -421,30 +466,56 @@ def _update_alone(server, updates, state, params, extra_args):
 
 
 def _update(server, updates, state, params, extra_args):
-  in_flight, worker_state = _received(
-    server, updates, state, params, extra_args
+  in_flight, worker_state = received(server, updates, state, params, extra_args)
+
+  def arrived_of(worker):
+    arrived = _ring.read(in_flight, worker)
+    return arrived._replace(updates=_ring.cast_like(arrived.updates, updates))
+
+  new_updates, state = arrival(server, state, arrived_of, params, extra_args)
+  return new_updates, state._replace(
+    in_flight=in_flight, worker_state=worker_state
   )
-  arrives = filled = state.count >= server.workers - 1
-  worker, now = _cluster.next_arrival(state.cluster)
+
+
+def arrival(
+  server: Server,
+  state: AsynchronousState,
+  arrived_of: Callable[[jax.Array], InFlight],
+  params: optax.Params | None,
+  extra_args: dict[str, Any],
+) -> tuple[optax.Updates, AsynchronousState]:
+  """What a call does once its gradient is in its slot: the next one arrives.
+
+  Args:
+    server: The settings; neither `alone` nor with `max_ahead`.
+    state: The state; its rings are left alone.
+    arrived_of: A worker's packet, in the dtypes of gradients.
+    params: The server's parameters.
+    extra_args: Those of the call.
+
+  Returns:
+    Updates and the new state, whose `worker` reads next.
+  """
+  worker, filled = next_arrival(server, state)
+  now, arrives = clock.at(state.cluster.finish, worker), filled
   if server.arrivals.length is not None:  # After the last one nobody does.
     arrives = filled & ~clock.is_never(now)
   cluster = _cluster.restarted(
     server.arrivals, state.cluster, worker, now, arrives
   )
   applies, losses = _reaches(server, state, cluster, worker, now, arrives)
-  arrived = _ring.read(in_flight, worker)
+  arrived = arrived_of(worker)
   packet = _extras(
     server, extra_args, arrived, state.version - state.read_at[worker], worker
   )
 
   def apply(carry):
-    arrived, inner_state = carry
-    return server.inner.update(arrived, inner_state, params, **packet)
+    gradient, inner_state = carry
+    return server.inner.update(gradient, inner_state, params, **packet)
 
   new_updates, inner_state = _ring.applied_when(
-    applies,
-    apply,
-    (_ring.cast_like(arrived.updates, updates), state.inner_state),
+    applies, apply, (arrived.updates, state.inner_state)
   )
   counts = _counted(state, inner_state, worker, applies)
   now = clock.where(arrives, now, state.clock.time)
@@ -454,19 +525,23 @@ def _update(server, updates, state, params, extra_args):
     read_at=_ring.write(state.read_at, worker, counts['version']),
     clock=state.clock._replace(time=now),
     cluster=cluster,
-    in_flight=in_flight,
-    worker_state=worker_state,
     inner_state=inner_state,
     **counts,
     **losses,
   )
 
 
+def next_arrival(
+  server: Server, state: AsynchronousState
+) -> tuple[jax.Array, jax.Array]:
+  """Who arrives next, and whether all slots are filled: else nobody does."""
+  worker, _ = _cluster.next_arrival(state.cluster)
+  return worker, state.count >= server.workers - 1
+
+
 def _update_bounded(server, updates, state, params, extra_args):
   """Arrivals, one after another, until somebody may read."""
-  in_flight, worker_state = _received(
-    server, updates, state, params, extra_args
-  )
+  in_flight, worker_state = received(server, updates, state, params, extra_args)
   reader = state.worker
   state = state._replace(
     count=optax.safe_increment(state.count),
@@ -568,7 +643,7 @@ def _counted(state, inner_state, worker, reaches):
   )
 
 
-def _received(server, updates, state, params, extra_args):
+def received(server, updates, state, params, extra_args):
   """Rings with the caller's packet in the slot of the worker that read."""
   value, batch, read = _packet_of_call(server, state, params, extra_args)
   sent, worker_state = _sent(server, updates, state, read, extra_args)

@@ -12,6 +12,7 @@ import optax
 from gsgd_jax import (
   ArrivalProcess,
   Trace,
+  _methods,
   asynchronous,
   compensations,
   data,
@@ -24,6 +25,7 @@ from gsgd_jax import (
   gamma_arrivals,
   guided,
   optimizers,
+  parallel,
   read_trace,
   record_staleness,
   recorded_arrivals,
@@ -141,7 +143,64 @@ def make_transformation(
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of a method: any optimizer, guided or not, delayed."""
-  parts = compensation_of(config, method, loss_fn, batch_like)
+  inside = arriving(config, method, batch_like)
+  parts = compensation_of(config, method, loss_fn, inside)
+  tx = _server(config, method, parts, loss_fn, inside, seed)
+  return _emulated(config, method, tx, parts, batch_like, seed)
+
+
+def make_parallel(
+  config: ml_collections.ConfigDict,
+  method: events.Method,
+  loss_fn: Callable,
+  batch_like: Any,
+  devices: parallel.Devices,
+  seed: Any = 0,
+) -> _methods.Method:
+  """The same on several devices."""
+
+  def server(loss_fn, inside):
+    parts = compensation_of(config, method, loss_fn, inside)
+    return _server(config, method, parts, loss_fn, inside, seed)
+
+  def whole(loss_fn, batch_like):
+    return make_transformation(config, method, loss_fn, batch_like, seed)
+
+  inside = arriving(config, method, batch_like)
+  parts = compensation_of(config, method, loss_fn, inside)
+  settings = _settings(config, method, parts, seed)
+  where = (loss_fn, devices, batch_like)
+  kind = parallel_kind(config, method)
+  if kind == 'asynchronous':
+    del settings['max_ahead']
+    return _methods.asynchronous(
+      server, *where, config.workers, round_size=config.round_size, **settings
+    )
+  if kind == 'synchronous':
+    return _methods.synchronous(server, *where, config.workers, **settings)
+  if kind == 'delayed':
+    return _methods.delayed_all_reduce(server, *where, config.delay, **settings)
+  return _methods.data_parallel(whole, *where)
+
+
+def parallel_kind(
+  config: ml_collections.ConfigDict, method: events.Method
+) -> str:
+  """How several devices train by a method together.
+
+  ``asynchronous``: emulated workers, spread over the devices; ``synchronous``:
+  devices are workers; ``delayed``: a delayed all-reduce; ``data_parallel``:
+  every batch is split.
+  """
+  # Who waits for others takes part in no rounds.
+  no_rounds = config.workers == 1 or config.max_ahead is not None
+  name = method.parallel
+  split = name == 'sequential' or (name == 'asynchronous' and no_rounds)
+  return 'data_parallel' if split else name
+
+
+def _server(config, method, parts, loss_fn, inside, seed):
+  """What is done with an arriving gradient, whose batch is like `inside`."""
   tx = _compensated(config, method, parts, loss_fn)
   if method.select is not None:
     tx = guided(
@@ -154,24 +213,22 @@ def make_transformation(
       average_scores=config.average_scores,
       replay_with=_replay_with(config, method, parts),
       replay_model=config.replay_model,
-      batch_like=_joined_batch(
-        _arriving(config, method, batch_like), parts.joined
-      ),
+      batch_like=_joined_batch(inside, parts.joined),
       seed=seed,
     )
   tx = record_staleness(tx, BINS, bin_width(config))
   if parts.acceptance is not None:  # What is refused reaches nothing inside.
     tx = parts.acceptance(tx)
-  return _emulated(config, method, tx, parts, batch_like, seed)
+  return tx
 
 
 def compensation_of(
   config: ml_collections.ConfigDict,
   method: events.Method,
   loss_fn: Callable,
-  batch_like: Any,
+  inside: Any,
 ) -> compensations.Parts:
-  """What a method's compensation puts where."""
+  """What a method's compensation puts where; see `arriving`."""
   name = method.compensation
   if name is None:
     return compensations.Parts()
@@ -194,7 +251,7 @@ def compensation_of(
     compensations.Cluster(
       workers=_stale_workers(config, method),
       loss_fn=loss_fn,
-      batch_like=_arriving(config, method, batch_like),
+      batch_like=inside,
       own_transform=method.parallel in ('asynchronous', 'sequential'),
     ),
   )
@@ -247,42 +304,42 @@ def _replay_with(config, method, parts):
 
 def _emulated(config, method, tx, parts, batch_like, seed):
   """The cluster around the server's optimizer."""
-  clock = dict(sync_cost=config.sync_cost)
-  kept = dict(keep_params=parts.needs_stale_params)
-  workers = dict(worker_transform=parts.worker_transform, **kept, **clock)
+  settings = _settings(config, method, parts, seed)
   if method.parallel == 'sequential':
-    return asynchronous(tx, 1, batch_like=batch_like, **workers)
+    return asynchronous(tx, 1, batch_like=batch_like, **settings)
   if method.parallel == 'delayed':
-    return delayed(tx, config.delay, batch_like=batch_like, **kept, **clock)
-  cluster = dict(arrivals=make_arrivals(config), seed=seed)
+    return delayed(tx, config.delay, batch_like=batch_like, **settings)
   if method.parallel == 'asynchronous':
-    return asynchronous(
-      tx,
-      config.workers,
-      batch_like=batch_like,
-      overwrite_within=config.overwrite_within,
-      max_ahead=config.max_ahead,
-      **cluster,
-      **workers,
-    )
+    return asynchronous(tx, config.workers, batch_like=batch_like, **settings)
   if method.parallel == 'synchronous':
-    return synchronous(
-      tx,
-      config.workers,
-      combine=config.combine,
-      wait_for=config.wait_for,
-      batch_like=batch_like,
-      **cluster,
-      **clock,
-    )
-  return data_parallel(
-    tx,
-    config.workers,
-    batch_size(config, method),
-    worker_batch_size=config.batch_size,
-    **cluster,
-    **clock,
-  )
+    return synchronous(tx, config.workers, batch_like=batch_like, **settings)
+  size = batch_size(config, method)
+  return data_parallel(tx, config.workers, size, **settings)
+
+
+def _settings(
+  config: ml_collections.ConfigDict,
+  method: events.Method,
+  parts: compensations.Parts,
+  seed: Any,
+) -> dict[str, Any]:
+  """The arguments of a method's emulation, but for sizes."""
+  settings = dict(sync_cost=config.sync_cost)
+  if method.parallel in ('sequential', 'delayed', 'asynchronous'):
+    settings['keep_params'] = parts.needs_stale_params
+  if method.parallel in ('sequential', 'asynchronous'):
+    settings['worker_transform'] = parts.worker_transform
+  if method.parallel in ('sequential', 'delayed'):
+    return settings
+  settings |= dict(arrivals=make_arrivals(config), seed=seed)
+  if method.parallel == 'asynchronous':
+    settings['overwrite_within'] = config.overwrite_within
+    settings['max_ahead'] = config.max_ahead
+  elif method.parallel == 'synchronous':
+    settings |= dict(combine=config.combine, wait_for=config.wait_for)
+  else:
+    settings['worker_batch_size'] = config.batch_size
+  return settings
 
 
 # The histogram of staleness: 128 bins up to four rounds of all workers.
@@ -320,8 +377,10 @@ def gradients_taken(
   return calls
 
 
-def _arriving(config, method, batch_like):
-  """The batch of an arriving gradient."""
+def arriving(
+  config: ml_collections.ConfigDict, method: events.Method, batch_like: Any
+) -> Any:
+  """The batch of an arriving gradient, from that of a call."""
   if method.parallel != 'synchronous' or config.combine != 'mean':
     return batch_like
   return _joined_batch(batch_like, waited_for(config))

@@ -1,14 +1,22 @@
-"""Strict: float64, no silent promotion; and warnings are errors (pyproject)."""
+"""Strict: float64, no silent promotion; and warnings are errors (pyproject).
+
+There are eight devices. What uses all that there are is shown one, unless a
+test is about more.
+"""
 
 import hypothesis
 import jax
 import pytest
+
+from gsgd_jax import parallel
 
 _STRICT = {
   'jax_enable_x64': True,
   'jax_numpy_rank_promotion': 'raise',
   'jax_numpy_dtype_promotion': 'strict',
 }
+
+jax.config.update('jax_num_cpu_devices', 8)
 
 hypothesis.settings.register_profile(
   'default',
@@ -29,6 +37,12 @@ def strict():
   yield
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """For what uses all devices; see `test_parallel`."""
+  monkeypatch.setattr(parallel, 'device_count', lambda: 1)
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ from gsgd_jax import (
   guided,
   models,
   optimizers,
+  parallel,
+  programs,
   report,
   settings,
   training,
-  transformation,
 )
 
 pytestmark = pytest.mark.usefixtures('as_users_run_it')
@@ -119,7 +120,7 @@ class Plain:
     sample = self.rows(
       data.verification_rows(self.n, self.seed, self.arrivals - 1)
     )
-    before = training._replays(self.state)
+    before = programs._replays(self.state)
     updates, self.state = self.update(
       grads,
       self.state,
@@ -129,7 +130,7 @@ class Plain:
       verification=sample,
       arrival=jnp.int32(self.arrivals - 1),
     )
-    self.replays += int(training._replays(self.state) - before)
+    self.replays += int(programs._replays(self.state) - before)
     self.params = optax.apply_updates(self.params, updates)
     self.stalenesses.append(self.applied - read_at)
     self.latest = self.stalenesses[-1]
@@ -354,9 +355,9 @@ def totals_of(loss, total_staleness=0, arrivals=0, bad=()):
   )
   bad_call = integers(-1)
   bad_call[list(bad)] = 4
-  cluster = training._Cluster(None, record, None, *[integers(0)] * 4)
-  return training._Totals(
-    loss, bad_call, np.where(bad_call >= 0, np.nan, 0.0), cluster
+  cluster = programs.Cluster(None, record, None, *[integers(0)] * 4)
+  return programs.Totals(
+    loss, bad_call, np.where(bad_call >= 0, np.nan, 0.0), cluster, pace=1
   )
 
 
@@ -484,22 +485,22 @@ def test_sums_of_staleness_beyond_int32():
   assert reports._recent.tolist() == [[most + 10] * 2, [54] * 2]
 
 
-def programs(config, name):
+def make_programs(config, name):
   datasets = [data.load(config.dataset, s) for s in range(config.seeds)]
   model = experiment.make_model(config, datasets[0])
   method = events.method_named(name)
   params = experiment._initial_params(model, config.seeds)
   arrays = experiment._arrays(datasets)
-  made = training._programs(config, method, model, datasets)
-  filling = transformation.filling_calls(config, method)
-  rows = training._rows(config, method, datasets, 0, 5, filling)
+  mesh = parallel.make_mesh(1)
+  made = programs.make(config, method, model, datasets, mesh)
+  rows = programs.rows_of(config, method, datasets, 0, 5)
   return made, params, arrays, rows
 
 
 def test_counters_stay_unbatched_under_vmap():
   """A ring indexed by a counter per seed would be masked at every step."""
-  (init, _, _), params, _, _ = programs(short(), 'asynchronous+consistent')
-  carry = init(jnp.arange(2), params)
+  made, params, _, _ = make_programs(short(), 'asynchronous+consistent')
+  carry = made.init(jnp.arange(2), params)
   state = carry.opt_state
   assert carry.calls.shape == state.count.shape == state.worker.shape == ()
   recorded = state.inner_state
@@ -511,14 +512,12 @@ def test_counters_stay_unbatched_under_vmap():
 def test_data_are_arguments_not_constants():
   """No constant of the compiled programs is as large as a split's labels."""
   config = short(dataset='digits')
-  (init, advance, measure), params, arrays, rows = programs(
-    config, 'asynchronous+consistent'
-  )
-  carry = init(jnp.arange(2), params)
-  _, _, evaluated = jax.eval_shape(advance, carry, arrays, rows, 5)
+  made, params, arrays, rows = make_programs(config, 'asynchronous+consistent')
+  carry = made.init(jnp.arange(2), params)
+  _, _, evaluated = jax.eval_shape(made.advance, carry, arrays, rows, 5, 1)
   for lowered in (
-    advance.lower(carry, arrays, rows, 5),
-    measure.lower(evaluated, arrays),
+    made.advance.lower(carry, arrays, rows, 5, 1),
+    made.measure.lower(evaluated, arrays),
   ):
     compiled = lowered.compile().as_text()
     for text in (lowered.as_text(), compiled):

@@ -34,6 +34,7 @@ LEAST = dict(
 OPTIONAL_LEAST = dict(
   patience=1, replays=0, revisit=0, wait_for=1, split_batch_size=1, max_ahead=0
 )
+OPTIONAL_LEAST |= dict(devices=1, round_size=1)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread']
 NUMBERS = ['cv', 'machine_cv', 'sync_cost']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']

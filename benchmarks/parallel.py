@@ -1,0 +1,266 @@
+"""Rounds of asynchronous workers: their speed, messages and memory.
+
+  python -m benchmarks.parallel
+  python -m benchmarks.parallel --cpu_devices=8
+
+The first table: `parallel.asynchronous`, which takes a round's gradients at
+once, over `asynchronous` in scan, which takes one after another; time a
+gradient, batches of 64, 64 workers that arrive in turn or are as uneven as in
+`configs/heterogeneous_cluster.py`. `at once` is `gradients_at_once`.
+
+The second (with several devices): bytes in the compiled program's collectives
+for an arriving gradient, over its size, which is the floor: it crosses once;
+and bytes of state on a device over N / D gradients, which is theirs.
+"""
+
+import collections
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+import gsgd_jax
+from benchmarks import mlp, timing
+from gsgd_jax import parallel, worker_params
+
+_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Rounds that are timed.')
+_CALLS = flags.DEFINE_integer('calls', 512, 'Calls in a chunk.')
+_WORKERS = flags.DEFINE_integer('workers', 64, 'Workers.')
+_AT_ONCE = flags.DEFINE_list(
+  'at_once', ['1', '4', '8', '16', '64'], 'Gradients of one vmap.'
+)
+_SIZES = flags.DEFINE_list(
+  'sizes', ['64-64-10', '64-512-10'], 'Inputs, hidden units and classes.'
+)
+_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', None, 'Devices of a CPU.')
+
+ARRIVALS = {
+  'in turn': gsgd_jax.round_robin,
+  'uneven': lambda: gsgd_jax.gamma_arrivals(machine_cv=0.6),
+}
+
+
+def rounds_of(arrivals, workers, calls):
+  """How many workers a round has on average."""
+  tx = gsgd_jax.asynchronous(optax.identity(), workers, arrivals=arrivals)
+
+  def step(state, _):
+    _, state = tx.update(jnp.zeros([1]), state)
+    return state, state.worker
+
+  state = tx.init(jnp.zeros([1]))
+  _, order = jax.jit(lambda s: jax.lax.scan(step, s, length=calls))(state)
+  rounds, there = 1, set()
+  for worker in np.asarray(order)[workers - 1 :].tolist():
+    if worker in there:
+      rounds, there = rounds + 1, set()
+    there.add(worker)
+  return (calls - workers + 1) / rounds
+
+
+def rows_of_batches(batch, calls):
+  """Batches by number: a set of examples, and which of them each call takes."""
+  rows = np.random.default_rng(0).integers(mlp.BATCH, size=(calls, mlp.BATCH))
+  pick = lambda numbers: jax.tree.map(lambda x: x[numbers], batch)
+  loss_fn = lambda params, numbers: mlp.loss_fn(params, pick(numbers))
+  return jnp.asarray(rows, jnp.int32), loss_fn
+
+
+def one_by_one(loss_fn, rows, arrivals):
+  """`asynchronous` in scan."""
+  tx = gsgd_jax.asynchronous(optax.sgd(1e-3), _WORKERS.value, arrivals=arrivals)
+
+  def step(carry, numbers):
+    params, state = carry
+    grads = jax.grad(loss_fn)(worker_params(params, state), numbers)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  run = lambda carry: jax.lax.scan(step, carry, rows)[0]
+  return jax.jit(run, donate_argnums=0), lambda p: (p, jax.jit(tx.init)(p))
+
+
+def in_rounds(loss_fn, rows, arrivals, at_once):
+  program = parallel.asynchronous(
+    optax.sgd(1e-3),
+    loss_fn,
+    _WORKERS.value,
+    arrivals=arrivals,
+    gradients_at_once=at_once,
+  )
+  run = lambda carry: program.step(*carry, rows)[:2]
+  return jax.jit(run, donate_argnums=0), program.init
+
+
+def speeds(name, arrivals, at_once):
+  sizes = tuple(map(int, name.split('-')))
+  params, batch = mlp.problem(sizes)
+  rows, loss_fn = rows_of_batches(batch, _CALLS.value)
+  made = {'one by one': one_by_one(loss_fn, rows, arrivals)}
+  for width in at_once:
+    made[width] = in_rounds(loss_fn, rows, arrivals, width)
+  programs = {key: run for key, (run, _) in made.items()}
+  carries = {
+    key: init(jax.tree.map(jnp.copy, params)) for key, (_, init) in made.items()
+  }
+  return timing.medians(programs, carries, _ROUNDS.value, warmup=2)
+
+
+def collectives(text):
+  """Bytes that each collective of a compiled program brings, by its loop."""
+  found = {}
+  computation = None
+  for line in text.splitlines():
+    if line and not line[0].isspace() and '{' in line:
+      computation = line.split()[0]
+    kind = re.search(r' = (.*?) (all-reduce|all-gather|all-to-all)\(', line)
+    if kind:
+      size = sum(
+        math.prod(map(int, filter(None, dims.split(',')))) * int(bits) // 8
+        for bits, dims in re.findall(r'[a-z]+(\d+)\[([\d,]*)\]', kind[1])
+      )
+      found.setdefault(computation, []).append(size)
+  return found
+
+
+def independent(text):
+  """Whether sums of gradients and products of matrices need one another not.
+
+  Scalars aside; by the operands of the compiled program's instructions, across
+  its computations.
+  """
+  needs, heavy, sums = {}, set(), []
+  inside = collections.defaultdict(set)
+  computation = None
+  for line in text.splitlines():
+    if line and not line[0].isspace() and '{' in line:
+      computation = line.removeprefix('ENTRY ').split()[0]
+    found = re.match(r'\s+(?:ROOT )?(%[\w.-]+) = (.*)', line)
+    if not found:
+      continue
+    name, rest = found.groups()
+    needs[name] = set(re.findall(r'%[\w.-]+', rest))
+    inside[computation].add(name)
+    if re.search(r' dot\(|custom-call.*matmul', rest):
+      heavy.add(name)
+    if re.match(r'[(]?f\d+\[\d+.* all-reduce(-start)?\(', rest):
+      sums.append(name)
+  for called, names in inside.items():  # A call needs what is in it.
+    needs[called] = names
+  return (
+    bool(sums)
+    and not any(_reaches(needs, one, heavy) for one in sums)
+    and not any(_reaches(needs, one, set(sums)) for one in heavy)
+  )
+
+
+def _reaches(needs, name, goals):
+  seen, waiting = set(), [name]
+  while waiting:
+    for other in needs.get(waiting.pop(), ()):
+      if other in goals:
+        return True
+      if other not in seen:
+        seen.add(other)
+        waiting.append(other)
+  return False
+
+
+def messages(name, arrivals, keep_params):
+  """(bytes for an arrival, of state on a device; of a gradient)."""
+  params, batch = mlp.problem(tuple(map(int, name.split('-'))))
+  rows, loss_fn = rows_of_batches(batch, _CALLS.value)
+  program = parallel.asynchronous(
+    optax.sgd(1e-3),
+    loss_fn,
+    _WORKERS.value,
+    arrivals=arrivals,
+    keep_params=keep_params,
+  )
+  params, state = program.init(params)
+  lowered = jax.jit(program.step).lower(params, state, rows)
+  found = collectives(lowered.compile().as_text())
+  gradient = sum(p.nbytes for p in jax.tree.leaves(params))
+  # One loop sends arriving gradients; what it does not is the chunk's losses.
+  sent = max(map(sum, found.values()))
+  held = sum(
+    shard.data.nbytes
+    for leaf in jax.tree.leaves(state)
+    for shard in leaf.addressable_shards[:1]
+  )
+  return sent, held, gradient
+
+
+def main(argv):
+  del argv
+  if _CPU_DEVICES.value is not None:
+    jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
+  device, number = jax.devices()[0], jax.device_count()
+  print(
+    f'jax {jax.__version__} on {number} x {device.platform} '
+    f'({device.device_kind}), {_WORKERS.value} workers\n'
+  )
+  rows = []
+  at_once = [int(w) for w in _AT_ONCE.value]
+  at_once = [w for w in at_once if w <= _WORKERS.value // number]
+  for name in _SIZES.value:
+    for arrivals, process in ARRIVALS.items():
+      seconds = speeds(name, process(), at_once)
+      alone = seconds['one by one'] / _CALLS.value
+      size = rounds_of(process(), _WORKERS.value, 20 * _WORKERS.value)
+      rows.append(
+        [
+          name,
+          arrivals,
+          f'{size / _WORKERS.value:.2f} N',
+          f'{alone * 1e6:.0f}',
+          *(f'{seconds["one by one"] / seconds[w]:.2f}' for w in at_once),
+        ]
+      )
+  timing.print_table(
+    [
+      'network',
+      'arrivals',
+      'a round',
+      'one by one, µs',
+      *(f'{w} at once, times as fast' for w in at_once),
+    ],
+    rows,
+  )
+  if number == 1:
+    return
+  rows = []
+  for name in _SIZES.value:
+    for keep_params in (False, True):
+      sent, held, gradient = messages(name, gsgd_jax.round_robin(), keep_params)
+      floor = gradient * (2 if keep_params else 1)
+      rows.append(
+        [
+          name + (', keep_params' if keep_params else ''),
+          f'{gradient:,}',
+          f'{sent:,}',
+          f'{sent / floor:.4f}',
+          f'{held:,}',
+          f'{held / (floor * _WORKERS.value / number):.4f}',
+        ]
+      )
+  print()
+  timing.print_table(
+    [
+      'network',
+      'gradient, bytes',
+      'in collectives an arrival',
+      'over floor',
+      'state on a device',
+      'over N / D gradients',
+    ],
+    rows,
+  )
+
+
+if __name__ == '__main__':
+  app.run(main)

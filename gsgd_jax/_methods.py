@@ -1,0 +1,471 @@
+"""How many devices train together: what runs under `shard_map`.
+
+A method says what one device does, call by call, and what its part of the state
+is. Its namesake on one device says what comes out. What the devices tell one
+another goes through `parallel.Devices`: no mesh axis, no collective is named
+here.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gsgd_jax import _protocol, _ring, _simultaneous, rounds, staleness
+
+# Gradients of one `vmap`; see benchmarks.parallel.
+_GRADIENTS_AT_ONCE = 8
+
+# An optimizer, or what makes one from a loss function and a batch's shapes.
+Inner = (
+  optax.GradientTransformation
+  | Callable[[Callable, Any], optax.GradientTransformation]
+)
+
+
+class Method(NamedTuple):
+  """How devices train together: what runs under `shard_map`, and its state.
+
+  Attributes:
+    devices: The devices.
+    init: The state, of whole batches and all workers, from parameters.
+    local_init: The same as one device has it: where shapes differ it has its
+      own part.
+    advance: ``advance(params, state, calls, number, room)``: so many calls on a
+      device. Returns parameters, state, and ``room`` losses, the same on all.
+    room: Copies of the parameters that a device needs meanwhile.
+  """
+
+  devices: Any  # A `parallel.Devices`.
+  init: Callable[[optax.Params], Any]
+  local_init: Callable[[optax.Params], Any]
+  advance: Callable[..., tuple[optax.Params, Any, jax.Array]]
+  room: int = 0
+  apart: bool = False  # Losses are each device's own.
+
+
+def data_parallel(
+  inner: Inner,
+  loss_fn: Callable,
+  devices: Any,
+  batch_like: Any,
+) -> Method:
+  """The method of `data_parallel`."""
+  whole, own = _whole_and_own(inner, loss_fn, devices, batch_like)
+  mean_loss = _mean_loss(loss_fn, devices)
+
+  def one(params, state, calls, call):
+    share = calls.share(call)
+    # The same everywhere are the parameters: their gradient is the whole one.
+    value, grads = jax.value_and_grad(mean_loss)(
+      _protocol.worker_params(params, state), share
+    )
+    updates, state = own.update(
+      grads, state, params, value=value, batch=share, **calls.extras(call)
+    )
+    return optax.apply_updates(params, updates), state, value
+
+  return Method(
+    devices,
+    whole.init,
+    own.init,
+    functools.partial(_one_by_one, one, lambda losses: losses),
+  )
+
+
+def _one_by_one(one, losses_typed, params, state, calls, number, room):
+  """So many calls, each of which needs the one before."""
+  if room == 1 and isinstance(number, int):  # No loop: see README on the CPU.
+    params, state, value = one(params, state, calls, jnp.zeros([], jnp.int32))
+    return params, state, value[None].astype(_protocol.score_dtype())
+
+  def body(call, carry):
+    params, state, values = carry
+    params, state, value = one(params, state, calls, call)
+    return params, state, _ring.write(values, call, value)
+
+  values = losses_typed(jnp.zeros([room], _protocol.score_dtype()))
+  return lax.fori_loop(0, number, body, (params, state, values))
+
+
+def synchronous(
+  inner: Inner,
+  loss_fn: Callable,
+  devices: Any,
+  batch_like: Any,
+  workers: int,
+  **options: Any,
+) -> Method:
+  """The method of `synchronous`."""
+  mean = options.get('combine') == 'mean' and workers > 1
+  waited = options.get('wait_for') or workers
+  _check_divides('a round waits for {} gradients', waited, devices)
+  per_device = waited // devices.number
+
+  def settings(make, loss, like, gradients):
+    inside = _joined(like, gradients) if mean else like
+    return rounds.synchronous_rounds(
+      make(loss, inside), workers, batch_like=like, **options
+    )
+
+  make, own_loss, own_like = _making(inner, loss_fn, devices, batch_like)
+  whole = settings(make, loss_fn, batch_like, waited)
+  # A round's mean is of whole batches, of which a device has its own.
+  own = settings(make, own_loss, batch_like if mean else own_like, per_device)
+  tx = rounds.transformation(own)
+
+  def local_init(params):
+    state = tx.init(params)
+    if not mean:
+      return state
+    batches = jax.tree.map(lambda x: x[:per_device], state.sums.batch)
+    return state._replace(sums=state.sums._replace(batch=batches))
+
+  def segment(calls, number, carry):
+    """A round, or the part of it that these calls are."""
+    call, params, state, values = carry
+    first = state.count
+    more = jnp.minimum(waited - first, number - call).astype(jnp.int32)
+    places = devices.index() * per_device
+    places += jnp.arange(per_device, dtype=jnp.int32)
+    there = (first <= places) & (places < first + more)
+    own_calls = jnp.where(there, call + places - first, 0)
+    read = devices.varying(_protocol.worker_params(params, state))
+
+    def gradient(call):
+      return jax.value_and_grad(loss_fn)(read, calls.batch(call))
+
+    losses, grads = jax.vmap(gradient)(own_calls)
+    losses = losses.astype(_protocol.score_dtype())
+    at = jnp.where(there, own_calls, values.size)
+    values = values.at[at].set(losses, mode='drop')
+    packets = (grads, losses)
+    combine = collect if mean else in_turn
+    params, state = combine(
+      calls, call, params, state, packets, there, own_calls, more
+    )
+    return call + more, params, state, values
+
+  def in_turn(calls, call, params, state, packets, there, own_calls, more):
+    del there, own_calls
+    first = state.count
+
+    def apply(i, carry):
+      params, state = carry
+      place = first + i
+      mine = _ring.read(packets, place % per_device)
+      grads, value = devices.sent_from(place // per_device, mine)
+      updates, state = tx.update(
+        grads,
+        state,
+        params,
+        value=value,
+        batch=calls.share(call + i),
+        **calls.extras(call + i),
+      )
+      return optax.apply_updates(params, updates), state
+
+    return lax.fori_loop(0, more, apply, (params, state))
+
+  def collect(calls, call, params, state, packets, there, own_calls, more):
+
+    def plus(so_far, x):
+      mask = there.reshape(-1, *[1] * (x.ndim - 1))
+      x = jnp.where(mask, x, jnp.zeros_like(x)).astype(so_far.dtype)
+      so_far = jnp.where(state.count == 0, jnp.zeros_like(so_far), so_far)
+      return so_far + devices.total(jnp.sum(x, axis=0))
+
+    sums = state.sums
+    grads, losses = packets
+    batches = sums.batch
+    if batches is not None:
+
+      def entered(ring, call, here, place):
+        old = _ring.read(ring, place)
+        new = jax.tree.map(
+          lambda x, y: jnp.where(here, x, y), calls.batch(call), old
+        )
+        return _ring.write(ring, place, new)
+
+      for place in range(per_device):
+        batches = entered(batches, own_calls[place], there[place], place)
+    sums = sums._replace(
+      updates=jax.tree.map(plus, sums.updates, grads),
+      value=plus(sums.value, losses),
+      batch=batches,
+    )
+    last = calls.extras(call + more - 1)
+    updates, state = rounds.collected(
+      own, state, sums, more, params, params, dict(last, value=0.0)
+    )
+    return optax.apply_updates(params, updates), state
+
+  def advance(params, state, calls, number, room):
+    number = jnp.asarray(number, jnp.int32)
+    values = devices.varying(jnp.zeros([room], _protocol.score_dtype()))
+    call = jnp.zeros([], jnp.int32)
+    _, params, state, values = lax.while_loop(
+      lambda carry: carry[0] < number,
+      functools.partial(segment, calls, number),
+      (call, params, state, values),
+    )
+    return params, state, devices.total(values)
+
+  whole_tx = rounds.transformation(whole)
+  return Method(devices, whole_tx.init, local_init, advance, room=per_device)
+
+
+def asynchronous(
+  inner: Inner,
+  loss_fn: Callable,
+  devices: Any,
+  batch_like: Any,
+  workers: int,
+  *,
+  round_size: int | None = None,
+  gradients_at_once: int | None = None,
+  **options: Any,
+) -> Method:
+  """The method of `asynchronous`."""
+  make, own_loss, own_like = _making(inner, loss_fn, devices, batch_like)
+  whole = staleness.asynchronous_server(
+    make(loss_fn, batch_like), workers, batch_like=batch_like, **options
+  )
+  own = staleness.asynchronous_server(
+    make(own_loss, own_like), workers, batch_like=own_like, **options
+  )
+  if whole.max_ahead is not None:
+    raise ValueError(
+      'max_ahead lets workers wait for one another, and rounds are of workers '
+      'that do not; use data_parallel(asynchronous(..., max_ahead=...))'
+    )
+  _check_divides('there are {} workers', whole.workers, devices)
+  if whole.alone:
+    return data_parallel(
+      lambda loss_fn, like: staleness.asynchronous(
+        make(loss_fn, like), workers, batch_like=like, **options
+      ),
+      loss_fn,
+      devices,
+      batch_like,
+    )
+  per_device = whole.workers // devices.number
+  size = _size(per_device, devices, round_size, gradients_at_once)
+
+  def local_init(params):
+    state = staleness.begin(own, params)
+    cut = lambda tree: jax.tree.map(lambda x: x[:per_device], tree)
+    slots = cut(state.in_flight._replace(batch=None))
+    return state._replace(
+      in_flight=slots._replace(batch=state.in_flight.batch),
+      worker_state=_protocol.Unread(cut(state.worker_state.state)),
+    )
+
+  def advance(params, state, calls, number, room):
+    return _simultaneous.advance(
+      own,
+      devices,
+      loss_fn,
+      size,
+      params,
+      state,
+      calls,
+      jnp.asarray(number, jnp.int32),
+      room,
+    )
+
+  return Method(
+    devices,
+    functools.partial(staleness.begin, whole),
+    local_init,
+    advance,
+    room=size.places + 1 + size.gradients,
+  )
+
+
+def _size(per_device, devices, round_size, gradients_at_once):
+  workers = per_device
+  if round_size is not None:
+    round_size = _protocol.positive_int('round_size', round_size)
+    workers = min(workers, max(1, round_size // devices.number))
+  gradients = min(workers, _GRADIENTS_AT_ONCE)
+  if gradients_at_once is not None:
+    gradients = _protocol.positive_int('gradients_at_once', gradients_at_once)
+  return _simultaneous.Size(workers, min(workers, gradients))
+
+
+def delayed_all_reduce(
+  inner: Inner,
+  loss_fn: Callable,
+  devices: Any,
+  batch_like: Any,
+  delay: int,
+  **options: Any,
+) -> Method:
+  """The method of `delayed_all_reduce`."""
+  make, own_loss, own_like = _making(inner, loss_fn, devices, batch_like)
+  own = staleness.delayed_server(
+    make(own_loss, own_like), delay, batch_like=own_like, **options
+  )
+  if own.alone:
+    return data_parallel(inner, loss_fn, devices, batch_like)
+  whole = staleness.delayed_server(
+    make(loss_fn, batch_like), delay, batch_like=batch_like, **options
+  )
+
+  def begin(server, params, copies):
+    state = staleness.begin(server, params)
+    own_ones = lambda x: jnp.concatenate([x] * copies)
+    latest = jax.tree.map(lambda x: x[0], state.in_flight)
+    latest = latest._replace(
+      updates=jax.tree.map(lambda x: own_ones(x[None]), latest.updates),
+      value=own_ones(latest.value[None]),
+    )
+    rings = state.in_flight._replace(
+      updates=jax.tree.map(own_ones, state.in_flight.updates),
+      value=own_ones(state.in_flight.value),
+    )
+    return DelayedAllReduceState(state._replace(in_flight=rings), latest)
+
+  def one(params, state, calls, call):
+    server, latest = state
+    latest = latest._replace(
+      updates=jax.tree.map(lambda x: x[0], latest.updates),
+      value=latest.value[0],
+    )
+    # What the step before left enters the rings, what arrives leaves them: all
+    # of it is there when the step begins, and so is the sum over the devices.
+    before = (server.worker - 1) % own.workers
+    rings = _ring.write(server.in_flight, before, latest)
+
+    def arrived_of(worker):
+      arrived = _ring.read(rings, worker)
+      return arrived._replace(
+        updates=devices.mean(arrived.updates), value=devices.mean(arrived.value)
+      )
+
+    share, extras = calls.share(call), calls.extras(call)
+    read = _protocol.worker_params(params, server.inner_state)
+    value, grads = jax.value_and_grad(loss_fn)(devices.varying(read), share)
+    updates, server = staleness.arrival(
+      own, server, arrived_of, params, dict(extras, value=value)
+    )
+    latest = latest._replace(
+      updates=jax.tree.map(lambda x: x[None], grads),
+      value=value[None].astype(_protocol.score_dtype()),
+      batch=None if latest.batch is None else share,
+      stale_params=None if latest.stale_params is None else read,
+    )
+    state = DelayedAllReduceState(server._replace(in_flight=rings), latest)
+    return optax.apply_updates(params, updates), state, value
+
+  return Method(
+    devices,
+    lambda params: begin(whole, params, devices.number),
+    lambda params: begin(own, params, 1),
+    functools.partial(_one_by_one, one, devices.varying),
+    apart=True,
+  )
+
+
+class DelayedAllReduceState(NamedTuple):
+  """State of `parallel.delayed_all_reduce`.
+
+  Of gradients and losses every device has its own, along the leading axis.
+  """
+
+  server: staleness.AsynchronousState  # In flight is what is older than
+  latest: staleness.InFlight  # what the last step left: a leading axis of 1.
+
+
+def _making(inner, loss_fn, devices, batch_like):
+  """A function that makes the server's side; a device's loss and share."""
+  make = inner
+  if isinstance(inner, optax.GradientTransformation):
+    make = lambda loss_fn, batch_like: inner
+  like = None
+  if batch_like is not None:
+    like = share_like(_protocol.abstract(batch_like), devices)
+  return make, _mean_loss(loss_fn, devices), like
+
+
+def _whole_and_own(inner, loss_fn, devices, batch_like):
+  make, own_loss, own_like = _making(inner, loss_fn, devices, batch_like)
+  return tuple(
+    optax.with_extra_args_support(tx)
+    for tx in (make(loss_fn, batch_like), make(own_loss, own_like))
+  )
+
+
+def _mean_loss(loss_fn, devices):
+  """The loss of a batch of which every device has a share.
+
+  Its gradient with respect to what is the same everywhere is the whole batch's.
+  """
+  return lambda params, share: devices.mean(loss_fn(params, share))
+
+
+def share_like(batch_like, devices):
+  """Shapes of a device's share of a batch."""
+  size = _examples(batch_like)
+  if size is not None:
+    _check_divides('a batch has {} examples', size, devices)
+
+  def cut(x):
+    shape = x.shape
+    if is_split(x):
+      shape = (shape[0] // devices.number, *shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  return jax.tree.map(cut, batch_like)
+
+
+def _examples(batch_like):
+  """How many examples a batch has; None if it has no such leaf."""
+  sizes = {x.shape[0] for x in jax.tree.leaves(batch_like) if is_split(x)}
+  if len(sizes) > 1:
+    raise ValueError(
+      'every array of a batch must have a leading axis of examples (scalars '
+      f'and typed PRNG keys aside), got leading axes of {sorted(sizes)}'
+    )
+  return next(iter(sizes), None)
+
+
+def _joined(batch_like, batches):
+  """Shapes of so many batches as one."""
+  if batch_like is None:
+    return None
+
+  def join(x):
+    shape = x.shape
+    if is_split(x):
+      shape = (batches * shape[0], *shape[1:])
+    elif not x.ndim and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      shape = (batches,)
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  return jax.tree.map(join, _protocol.abstract(batch_like))
+
+
+def _check_divides(what, number, devices):
+  """Raises where a number is no multiple of the devices."""
+  if number % devices.number:
+    raise ValueError(
+      f'{what.format(number)}, which {devices.number} devices cannot share '
+      f'equally: {nearest_multiple(number, devices.number)} would do'
+    )
+
+
+def nearest_multiple(number: int, of: int) -> int:
+  """The positive multiple nearest to a number; of two the larger."""
+  below = number // of * of
+  return below if below and number - below < below + of - number else below + of
+
+
+def is_split(x: Any) -> bool:
+  """Whether a batch's leaf has examples, unlike scalars and PRNG keys."""
+  return bool(x.ndim) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

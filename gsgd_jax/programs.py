@@ -1,0 +1,460 @@
+"""The compiled programs of a method, for one device or for many.
+
+A program trains all seeds of a method at once under one `vmap`, a chunk of
+calls at a time. On one device it takes call by call; on several each method
+has its own way (`transformation.parallel_kind`), all of them under `shard_map`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax import custom_batching
+
+from gsgd_jax import (
+  _protocol,
+  data,
+  diagnostics,
+  events,
+  models,
+  optimizers,
+  parallel,
+  transformation,
+  worker_params,
+)
+
+
+class Rows(NamedTuple):
+  """The rows that a chunk of calls reads; leading axes (seeds, calls)."""
+
+  batch: np.ndarray
+  verification: np.ndarray | None
+
+
+class Cluster(NamedTuple):
+  """What the transformations have counted since the start."""
+
+  clock: Any  # What `simulated_time` reads.
+  record: diagnostics.StalenessRecord
+  applied: Any  # What `worker_shares` reads; None where nobody counts.
+  overwritten: jax.Array
+  lost: jax.Array
+  refused: jax.Array
+  extra_gradients: jax.Array  # Of the server: replays, and corrections.
+
+
+class _Carry(NamedTuple):
+  params: Any
+  opt_state: optax.OptState
+  calls: jax.Array  # shape=(), int32.
+  bad_call: jax.Array  # shape=(), int32: the first with no finite loss, or -1.
+  bad_loss: jax.Array  # shape=(): that loss.
+
+
+class Totals(NamedTuple):
+  """What a chunk leaves on the device for the host, beside its carry."""
+
+  loss: jax.Array  # Sum of the chunk's.
+  bad_call: jax.Array
+  bad_loss: jax.Array
+  cluster: Cluster
+  pace: jax.Array  # Calls that a next chunk should have; agreed by all hosts.
+
+
+class Programs(NamedTuple):
+  """What a method is trained by; every leaf has a leading axis of seeds.
+
+  Attributes:
+    init: ``init(seeds, params) -> carry``.
+    advance: ``advance(carry, arrays, rows, length, pace) -> (carry, totals,
+      evaluated)``: a chunk of so many calls; the carry is donated.
+    measure: ``measure(evaluated, arrays)``: losses and accuracies.
+    placed: ``placed(rows, pace)``: both where `advance` wants them.
+  """
+
+  init: Callable
+  advance: Callable
+  measure: Callable
+  placed: Callable
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  method: events.Method,
+  model: models.Model,
+  datasets: list[data.Dataset],
+  mesh: jax.sharding.Mesh,
+) -> Programs:
+  """The programs of a method on the devices of a mesh."""
+  settings = _Settings(config, method, model, datasets)
+  init_one, advance_one, axes = _one_device(settings)
+  if mesh.size > 1:
+    return _many_devices(settings, mesh, axes)
+  return Programs(
+    jax.jit(jax.vmap(init_one, out_axes=axes)),
+    jax.jit(
+      jax.vmap(
+        advance_one, in_axes=(axes, 0, 0, None, None), out_axes=(axes, 0, 0)
+      ),
+      donate_argnums=0,
+    ),
+    jax.jit(jax.vmap(_measure(model))),
+    lambda rows, pace: (rows, pace),
+  )
+
+
+class _Settings(NamedTuple):
+  config: ml_collections.ConfigDict
+  method: events.Method
+  model: models.Model
+  datasets: list[data.Dataset]
+
+  def make(self, how, *where):
+    """What trains, of a seed; `how` says on what."""
+    return how(
+      self.config,
+      self.method,
+      models.cross_entropy(self.model),
+      transformation.batch_like_of(self.config, self.method, self.datasets[0]),
+      *where,
+    )
+
+  @property
+  def filling(self):
+    return transformation.filling_calls(self.config, self.method)
+
+  def params(self):
+    return jax.eval_shape(self.model.init, jax.random.key(0))
+
+
+def padded(config: ml_collections.ConfigDict) -> int:
+  """Calls that a chunk has room for; its rows take 64 MB, or are one call's."""
+  size = max(config.batch_size, config.split_batch_size or 0)
+  numbers = size + data.MOST_VERIFICATION
+  room = 2**24 // (config.seeds * numbers)
+  return max(1, min(config.evaluate_every, config.updates, 512, room))
+
+
+def rows_of(
+  config: ml_collections.ConfigDict,
+  method: events.Method,
+  datasets: list[data.Dataset],
+  first_call: int,
+  length: int,
+) -> Rows:
+  """Batches by call, verification samples by update; padded to one length."""
+  examples = len(datasets[0].train.labels)
+  filling = transformation.filling_calls(config, method)
+  batch_size = transformation.batch_size(config, method)
+
+  def stack(rows_of, size, offset):
+    rows = np.zeros([config.seeds, padded(config), size], np.int32)
+    for seed in range(config.seeds):
+      for i in range(length):
+        step = first_call + i - offset
+        if step >= 0:
+          rows[seed, i] = rows_of(examples, seed, step)
+    return rows
+
+  batch = stack(
+    lambda examples, seed, step: data.batch_rows(
+      examples, batch_size, seed, step
+    ),
+    batch_size,
+    0,
+  )
+  verification = None
+  if method.select and config.verification and not config.stored_gradients:
+    size = data.verification_size(examples)
+    verification = stack(data.verification_rows, size, filling)
+  return Rows(batch, verification)
+
+
+def _one_device(settings):
+  """`init` and `advance` of a seed, and the axes of seeds of their carry."""
+  loss_fn = models.cross_entropy(settings.model)
+  filling = settings.filling
+
+  def transformation_of(seed):
+    return settings.make(transformation.make_transformation, seed)
+
+  def init_one(seed, params):
+    return _begin(params, transformation_of(seed).init(params))
+
+  def step(carry, arrays, rows):
+    params, opt_state, calls, bad_call, bad_loss = carry
+    train = arrays[0]
+    batch = jax.tree.map(lambda x: x[rows.batch], train)
+    value, grads = jax.value_and_grad(loss_fn)(
+      worker_params(params, opt_state), batch
+    )
+    extra = {}
+    if rows.verification is not None:
+      extra['verification'] = jax.tree.map(
+        lambda x: x[rows.verification], train
+      )
+    # What a seed decides is in the state, so here any seed will do.
+    updates, opt_state = transformation_of(0).update(
+      grads,
+      opt_state,
+      params,
+      value=value,
+      batch=batch,
+      arrival=jnp.maximum(calls - filling, 0),
+      **extra,
+    )
+    first_bad = (bad_call < 0) & ~jnp.isfinite(value)
+    carry = _Carry(
+      optax.apply_updates(params, updates),
+      opt_state,
+      calls + 1,
+      jnp.where(first_bad, calls, bad_call),
+      jnp.where(first_bad, value, bad_loss),
+    )
+    return carry, value
+
+  def advance_one(carry, arrays, rows, length, pace):
+    def body(i, carry_and_loss):
+      carry, loss = carry_and_loss
+      carry, value = step(carry, arrays, jax.tree.map(lambda r: r[i], rows))
+      return carry, loss + value
+
+    carry, loss = jax.lax.fori_loop(0, length, body, (carry, jnp.zeros([])))
+    return carry, *_results(carry, loss, pace)
+
+  def both(seed, params, arrays, rows):
+    return advance_one(init_one(seed, params), arrays, rows, 1, 1)[0]
+
+  dataset = settings.datasets[0]
+  arrays = (dataset.train, dataset.validation, dataset.test)
+  rows = rows_of(*settings[:2], settings.datasets, 0, 1)
+  rows = jax.tree.map(lambda r: r[0], rows)
+  axes = batched_axes(both, np.int32(0), settings.params(), arrays, rows)
+  return init_one, advance_one, axes
+
+
+def _many_devices(settings, mesh, axes):
+  """The programs for several devices.
+
+  The state is that of the method's namesake on one device, and so are the axes
+  of seeds.
+  """
+  _, devices = parallel.devices_of(mesh)
+  kind = transformation.parallel_kind(*settings[:2])
+  everywhere, room = parallel.EVERYWHERE, padded(settings.config)
+  # Of a batch that is split a host has the rows of its devices' shares alone.
+  splits = kind in ('data_parallel', 'delayed')
+  batch_spec = parallel.by_device(mesh, axis=2) if splits else everywhere
+  rows_specs = Rows(batch_spec, everywhere)
+
+  def parallel_of(seed):
+    return settings.make(transformation.make_parallel, devices, seed)
+
+  def init_one(seed, params):
+    return _begin(params, parallel_of(seed).init(params))
+
+  def calls_of(carry, train, rows):
+    pick = lambda numbers: jax.tree.map(lambda x: x[numbers], train)
+
+    def share(call):
+      numbers = rows.batch[call]
+      return pick(numbers if splits else devices.share(numbers))
+
+    def extras(call):
+      arrival = jnp.maximum(carry.calls + call - settings.filling, 0)
+      if rows.verification is None:
+        return dict(arrival=arrival)
+      return dict(arrival=arrival, verification=pick(rows.verification[call]))
+
+    return parallel.Calls(lambda call: pick(rows.batch[call]), share, extras)
+
+  def advance_one(carry, arrays, rows, length):
+    method = parallel_of(0)
+    params, opt_state, losses = method.advance(
+      carry.params,
+      carry.opt_state,
+      calls_of(carry, arrays[0], rows),
+      length,
+      room,
+    )
+    if method.apart:
+      losses = devices.mean(losses)
+    there = jnp.arange(room, dtype=jnp.int32) < length
+    bad = there & ~jnp.isfinite(losses)
+    first = jnp.argmax(bad).astype(jnp.int32)
+    first_bad = (carry.bad_call < 0) & bad[first]
+    loss = jnp.sum(jnp.where(there, losses, 0))
+    carry = _Carry(
+      params,
+      opt_state,
+      carry.calls + length,
+      jnp.where(first_bad, carry.calls + first, carry.bad_call),
+      jnp.where(first_bad, losses[first], carry.bad_loss),
+    )
+    return carry, *_results(carry, loss, None)
+
+  def advance(carry, arrays, rows, length, pace):
+    over_seeds = jax.vmap(
+      advance_one, in_axes=(axes, 0, 0, None), out_axes=(axes, 0, 0)
+    )
+    carry, totals, evaluated = over_seeds(carry, arrays, rows, length)
+    # What the slowest host proposes.
+    totals = totals._replace(pace=devices.least(pace[0]))
+    return carry, totals, evaluated
+
+  def measure(evaluated, arrays):
+    over_seeds = jax.vmap(_measure(settings.model))
+    return devices.by_the_first(over_seeds, evaluated, arrays)
+
+  params = settings.params()
+  specs = jax.eval_shape(init_one, 0, params)
+  specs = jax.tree.map(lambda x: everywhere, specs)
+  specs = specs._replace(opt_state=parallel.state_specs(parallel_of(0), params))
+  specs = parallel.with_axes(specs, axes)
+  advance = parallel.shard_map(
+    advance,
+    mesh,
+    (specs, everywhere, rows_specs, everywhere, parallel.by_device(mesh)),
+    (specs, everywhere, everywhere),
+  )
+  measure = parallel.shard_map(
+    measure, mesh, (everywhere, everywhere), everywhere
+  )
+
+  def placed(rows, pace):
+    pace = np.full([mesh.size], pace, np.int32)
+    return jax.tree.map(
+      lambda x, spec: parallel.of_host(mesh, x, spec),
+      (rows, pace),
+      (
+        rows_specs._replace(
+          verification=None if rows.verification is None else everywhere
+        ),
+        parallel.by_device(mesh),
+      ),
+    )
+
+  return Programs(
+    jax.jit(
+      jax.vmap(init_one, out_axes=axes),
+      out_shardings=parallel.shardings(mesh, specs),
+    ),
+    jax.jit(advance, donate_argnums=0),
+    jax.jit(measure),
+    placed,
+  )
+
+
+def _begin(params, opt_state):
+  return _Carry(
+    params,
+    opt_state,
+    calls=jnp.zeros([], jnp.int32),
+    bad_call=jnp.full([], -1, jnp.int32),
+    bad_loss=jnp.zeros([]),
+  )
+
+
+def _results(carry, loss, pace):
+  """What a chunk leaves for the host, and the parameters to be measured."""
+  state = carry.opt_state
+  totals = Totals(
+    loss=loss,
+    bad_call=carry.bad_call,
+    bad_loss=carry.bad_loss,
+    cluster=_counted(state),
+    pace=pace,
+  )
+  # Copies, to be measured while the next chunk overwrites the carry.
+  return totals, optimizers.evaluation_params(carry.params, state)
+
+
+def _measure(model):
+  """A function of parameters and the data sets' arrays."""
+  loss_fn = models.cross_entropy(model)
+  accuracy_fn = models.accuracy(model)
+
+  def measure(params, arrays):
+    measured = {}
+    names = ('train', 'validation', 'test')
+    for name, split in zip(names, arrays, strict=True):
+      nothing = split is None
+      loss = jnp.nan if nothing else loss_fn(params, split)
+      accuracy = jnp.nan if nothing else accuracy_fn(params, split)
+      measured[f'{name}_loss'] = jnp.asarray(loss)
+      measured[f'{name}_accuracy'] = jnp.asarray(accuracy)
+    return measured
+
+  return measure
+
+
+def _counted(state):
+  """What is counted in a state, small enough for the host."""
+  clocks, replays, gradients, records, applied, acceptance = (
+    _protocol.announced(state, kind)
+    for kind in (
+      _protocol.Clock,
+      _protocol.Replays,
+      _protocol.ServerGradients,
+      diagnostics.StalenessRecord,
+      _protocol.Applied,
+      _protocol.Acceptance,
+    )
+  )
+  zero = jnp.zeros([], jnp.int32)
+  counts = (getattr(state, name, None) for name in ('overwritten', 'lost'))
+  overwritten, lost = (zero if n is None else n for n in counts)
+  return Cluster(
+    clock=(clocks, replays, gradients),
+    record=records[0]._replace(inner_state=None),
+    applied=applied[0] if applied else None,
+    overwritten=overwritten,
+    lost=lost,
+    refused=acceptance[0].refused if acceptance else zero,
+    extra_gradients=sum(
+      (g.count * g.batches for g in gradients),
+      _replays(state) * (replays[0].batches if replays else 1),
+    ),
+  )
+
+
+def _replays(opt_state):
+  """Gradients that guided SGD took for replays."""
+  spent = optax.tree.get(opt_state, 'gradient_evaluations')
+  if spent is None:
+    return jnp.zeros([], jnp.int32)
+  arrivals = optax.tree.get(
+    opt_state,
+    'count',
+    filtering=lambda path, _: 'GuidedState' in str(path[-1]),
+  )
+  return spent - arrivals
+
+
+def batched_axes(fn: Callable, *args: Any) -> Any:
+  """For each leaf of `fn(*args)`: 0 if it differs between seeds, else None.
+
+  Under `vmap` counters that are the same for every seed must stay unbatched:
+  a loop or a ring indexed by a batched counter masks all that it carries.
+  """
+  batched = []
+
+  @custom_batching.custom_vmap
+  def probe(tree):
+    return tree
+
+  @probe.def_vmap
+  def rule(axis_size, in_batched, tree):
+    del axis_size
+    batched.append(in_batched[0])
+    return tree, in_batched[0]
+
+  one = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), args
+  )
+  jax.eval_shape(jax.vmap(lambda *args: probe(fn(*args))), *one)
+  return jax.tree.map(lambda b: 0 if b else None, batched[0])
