@@ -530,7 +530,7 @@ def delayed_all_reduce(
     >>> step = jax.jit(program.step, donate_argnums=(0, 1))
     >>> for _ in range(3):
     ...   params, state, values = step(params, state, jnp.zeros(8))
-    >>> print(state.version, 'updates')
+    >>> print(state.server.version, 'updates')
     2 updates
 
   References:

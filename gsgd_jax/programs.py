@@ -91,9 +91,10 @@ def make(
 ) -> Programs:
   """The programs of a method on the devices of a mesh."""
   settings = _Settings(config, method, model, datasets)
-  init_one, advance_one, axes = _one_device(settings)
   if mesh.size > 1:
-    return _many_devices(settings, mesh, axes)
+    return _many_devices(settings, mesh)
+  init_one, advance_one = _one_device(settings)
+  axes = _axes(settings, init_one, advance_one)
   return Programs(
     jax.jit(jax.vmap(init_one, out_axes=axes)),
     jax.jit(
@@ -175,7 +176,7 @@ def rows_of(
 
 
 def _one_device(settings):
-  """`init` and `advance` of a seed, and the axes of seeds of their carry."""
+  """`init` and `advance` of a seed, on one device alone."""
   loss_fn = models.cross_entropy(settings.model)
   filling = settings.filling
 
@@ -226,30 +227,73 @@ def _one_device(settings):
     carry, loss = jax.lax.fori_loop(0, length, body, (carry, jnp.zeros([])))
     return carry, *_results(carry, loss, pace)
 
-  def both(seed, params, arrays, rows):
-    return advance_one(init_one(seed, params), arrays, rows, 1, 1)[0]
-
-  dataset = settings.datasets[0]
-  arrays = (dataset.train, dataset.validation, dataset.test)
-  rows = rows_of(*settings[:2], settings.datasets, 0, 1)
-  rows = jax.tree.map(lambda r: r[0], rows)
-  axes = batched_axes(both, np.int32(0), settings.params(), arrays, rows)
-  return init_one, advance_one, axes
+  return init_one, advance_one
 
 
-def _many_devices(settings, mesh, axes):
-  """The programs for several devices.
-
-  The state is that of the method's namesake on one device, and so are the axes
-  of seeds.
-  """
+def _many_devices(settings, mesh):
+  """The programs for several devices."""
   _, devices = parallel.devices_of(mesh)
-  kind = transformation.parallel_kind(*settings[:2])
-  everywhere, room = parallel.EVERYWHERE, padded(settings.config)
+  everywhere = parallel.EVERYWHERE
   # Of a batch that is split a host has the rows of its devices' shares alone.
-  splits = kind in ('data_parallel', 'delayed')
-  batch_spec = parallel.by_device(mesh, axis=2) if splits else everywhere
-  rows_specs = Rows(batch_spec, everywhere)
+  by_example = parallel.by_device(mesh, axis=2)
+  rows_specs = Rows(by_example if _splits(settings) else everywhere, everywhere)
+  axes = _axes(settings, *_on_device(settings, parallel.Devices('', 1)))
+  init_one, advance_one = _on_device(settings, devices)
+
+  def advance(carry, arrays, rows, length, pace):
+    over_seeds = jax.vmap(
+      advance_one, in_axes=(axes, 0, 0, None, None), out_axes=(axes, 0, 0)
+    )
+    # What the slowest host proposes.
+    pace = devices.least(pace[0])
+    return over_seeds(carry, arrays, rows, length, pace)
+
+  def measure(evaluated, arrays):
+    over_seeds = jax.vmap(_measure(settings.model))
+    return devices.by_the_first(over_seeds, evaluated, arrays)
+
+  params = settings.params()
+  specs = jax.eval_shape(init_one, 0, params)
+  specs = jax.tree.map(lambda x: everywhere, specs)
+  method = settings.make(transformation.make_parallel, devices, 0)
+  specs = specs._replace(opt_state=parallel.state_specs(method, params))
+  specs = parallel.with_axes(specs, axes)
+  advance = parallel.shard_map(
+    advance,
+    mesh,
+    (specs, everywhere, rows_specs, everywhere, parallel.by_device(mesh)),
+    (specs, everywhere, everywhere),
+  )
+  measure = parallel.shard_map(
+    measure, mesh, (everywhere, everywhere), everywhere
+  )
+
+  def placed(rows, pace):
+    put = lambda x, spec: None if x is None else parallel.of_host(mesh, x, spec)
+    pace = np.full([mesh.size], pace, np.int32)
+    return Rows(*map(put, rows, rows_specs)), put(
+      pace, parallel.by_device(mesh)
+    )
+
+  return Programs(
+    jax.jit(
+      jax.vmap(init_one, out_axes=axes),
+      out_shardings=parallel.shardings(mesh, specs),
+    ),
+    jax.jit(advance, donate_argnums=0),
+    jax.jit(measure),
+    placed,
+  )
+
+
+def _splits(settings):
+  kind = transformation.parallel_kind(*settings[:2])
+  return kind in ('data_parallel', 'delayed')
+
+
+def _on_device(settings, devices):
+  """`init` and `advance` of a seed, on one of several devices."""
+  splits, room = _splits(settings), padded(settings.config)
 
   def parallel_of(seed):
     return settings.make(transformation.make_parallel, devices, seed)
@@ -272,7 +316,7 @@ def _many_devices(settings, mesh, axes):
 
     return parallel.Calls(lambda call: pick(rows.batch[call]), share, extras)
 
-  def advance_one(carry, arrays, rows, length):
+  def advance_one(carry, arrays, rows, length, pace):
     method = parallel_of(0)
     params, opt_state, losses = method.advance(
       carry.params,
@@ -295,58 +339,22 @@ def _many_devices(settings, mesh, axes):
       jnp.where(first_bad, carry.calls + first, carry.bad_call),
       jnp.where(first_bad, losses[first], carry.bad_loss),
     )
-    return carry, *_results(carry, loss, None)
+    return carry, *_results(carry, loss, pace)
 
-  def advance(carry, arrays, rows, length, pace):
-    over_seeds = jax.vmap(
-      advance_one, in_axes=(axes, 0, 0, None), out_axes=(axes, 0, 0)
-    )
-    carry, totals, evaluated = over_seeds(carry, arrays, rows, length)
-    # What the slowest host proposes.
-    totals = totals._replace(pace=devices.least(pace[0]))
-    return carry, totals, evaluated
+  return init_one, advance_one
 
-  def measure(evaluated, arrays):
-    over_seeds = jax.vmap(_measure(settings.model))
-    return devices.by_the_first(over_seeds, evaluated, arrays)
 
-  params = settings.params()
-  specs = jax.eval_shape(init_one, 0, params)
-  specs = jax.tree.map(lambda x: everywhere, specs)
-  specs = specs._replace(opt_state=parallel.state_specs(parallel_of(0), params))
-  specs = parallel.with_axes(specs, axes)
-  advance = parallel.shard_map(
-    advance,
-    mesh,
-    (specs, everywhere, rows_specs, everywhere, parallel.by_device(mesh)),
-    (specs, everywhere, everywhere),
-  )
-  measure = parallel.shard_map(
-    measure, mesh, (everywhere, everywhere), everywhere
-  )
+def _axes(settings, init_one, advance_one):
+  """The axes of seeds of the carry."""
 
-  def placed(rows, pace):
-    pace = np.full([mesh.size], pace, np.int32)
-    return jax.tree.map(
-      lambda x, spec: parallel.of_host(mesh, x, spec),
-      (rows, pace),
-      (
-        rows_specs._replace(
-          verification=None if rows.verification is None else everywhere
-        ),
-        parallel.by_device(mesh),
-      ),
-    )
+  def both(seed, params, arrays, rows):
+    return advance_one(init_one(seed, params), arrays, rows, 1, 1)[0]
 
-  return Programs(
-    jax.jit(
-      jax.vmap(init_one, out_axes=axes),
-      out_shardings=parallel.shardings(mesh, specs),
-    ),
-    jax.jit(advance, donate_argnums=0),
-    jax.jit(measure),
-    placed,
-  )
+  dataset = settings.datasets[0]
+  arrays = (dataset.train, dataset.validation, dataset.test)
+  rows = rows_of(*settings[:2], settings.datasets, 0, 1)
+  rows = jax.tree.map(lambda r: r[0], rows)
+  return batched_axes(both, np.int32(0), settings.params(), arrays, rows)
 
 
 def _begin(params, opt_state):
