@@ -122,18 +122,27 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv):
   """Checks the input, then trains."""
-  from gsgd_jax import application, experiment, files  # --help needs no JAX.
+  # --help needs no JAX.
+  from gsgd_jax import application, experiment, files, hosts, settings
 
   with _bad_input():
     if len(argv) > 1:
       raise ValueError(f'unexpected argument {argv[1]!r}; options begin with -')
     config = _CONFIG.value
     hasattr(config, 'to_dict')  # Raises where the file could not be loaded.
+    settings.check(config)
+    if config.distributed:
+      if not hosts.is_watched():
+        os._exit(hosts.watch(sys.argv))
+      hosts.end_with_parent()
+      hosts.join(config)
     experiment.check(config)
     if config.compilation_cache is not None:
       pathlib.Path(config.compilation_cache).mkdir(parents=True, exist_ok=True)
-    workdir = _make_workdir(files)
-  application.say(f'writing to {workdir}')
+    workdir = None
+    if not config.distributed or hosts.is_first():
+      workdir = _make_workdir(files)
+      application.say(f'writing to {workdir}')
   try:
     code = application.run(config, workdir, _BEGAN)
   except OSError as e:

@@ -21,7 +21,7 @@ import jax
 import ml_collections
 import tqdm
 
-from gsgd_jax import events, experiment, files, report
+from gsgd_jax import events, experiment, files, hosts, report
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _SIGNALS = tuple(
@@ -46,19 +46,22 @@ class _Failed(NamedTuple):
 
 
 def run(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, began: float
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path | None,
+  began: float,
 ) -> int:
   """Trains every method of a config, and leaves its files in a folder.
 
   Args:
     config: A config that ``experiment.check`` has passed.
-    workdir: A folder that holds no run.
+    workdir: A folder that holds no run; None for one of several processes that
+      only trains.
     began: When the program began, by ``time.perf_counter()``.
 
   Returns:
     The exit code: 0; 1 if every method diverged, or memory or the like ran
-    out; 130 if a signal ended it. Unless it is 0, threads may still be at work:
-    leave by ``os._exit``.
+    out; 130 if a signal ended it; ``hosts.LOST`` if another process has gone.
+    Unless it is 0, threads may still be at work: leave by ``os._exit``.
 
   Raises:
     OSError: A file could not be written, say to a full disk. The files are
@@ -70,21 +73,27 @@ def run(
   results = events.Results(config)
   with _signals_to(inbox):
     with contextlib.ExitStack() as stack:
-      log = files.Log(workdir, config, began)
-      stack.callback(log.close)
-      listeners = [log, Watch(config, sys.stderr)]
-      stack.callback(listeners[-1].close)
-      if config.tensorboard:
+      listeners = []
+      if workdir is not None:
+        listeners += [files.Log(workdir, config, began)]
+        stack.callback(listeners[-1].close)
+        listeners += [Watch(config, sys.stderr)]
+        stack.callback(listeners[-1].close)
+      if config.tensorboard and workdir is not None:
         listeners.append(_TensorBoard(workdir / 'tensorboard'))
         stack.callback(listeners[-1].close)
       enough = threading.Event()
       stack.callback(enough.set)
       _train_in_thread(config, workdir, inbox, enough)
-      from matplotlib import pyplot  # noqa: F401 (while others compile)
+      if workdir is not None:
+        from matplotlib import pyplot  # noqa: F401 (while others compile)
 
       ended_by = _listen(inbox, results, listeners)
     # A signal that comes now is put into an inbox that nobody reads any more.
-    return _finish(config, workdir, results, ended_by)
+    code = _finish(config, workdir, results, ended_by)
+  if config.distributed and ended_by is None:
+    hosts.leave()
+  return code
 
 
 def _keep_compiled(folder):
@@ -111,7 +120,9 @@ def _signals_to(inbox):
 
 
 def _train_in_thread(config, workdir, inbox, enough):
-  profile_to = workdir / 'profile' if config.profile else None
+  profile_to = None
+  if config.profile and workdir is not None:
+    profile_to = workdir / 'profile'
 
   def train():
     try:
@@ -155,31 +166,42 @@ def _finish(config, workdir, results, ended_by):
     status, code = 'failed', FAILED
   elif all(h.status == 'diverged' for h in histories.values()):
     status, code = 'diverged', FAILED
-  files.write_json(
-    workdir / 'result.json', report.result(config, histories, status)
-  )
-  written = ['result.json']
-  if any(len(h.step) for h in histories.values()):
-    drawings = {'curves.png': report.draw}
-    if any(map(report.has_workers, histories.values())):
-      drawings['staleness.png'] = report.draw_staleness
-    for name, draw in drawings.items():
-      draw = functools.partial(draw, config=config, histories=histories)
-      files.write_whole(workdir / name, draw)
-      written.append(name)
+  written = []
+  if workdir is not None:
+    written = _written(config, workdir, histories, status)
   if status == 'interrupted':
     name = signal.Signals(ended_by.number).name
     say(f'train.py: interrupted ({name})', sys.stderr)
   elif status == 'failed':
+    if config.distributed and hosts.is_loss(ended_by.error):
+      return hosts.LOST  # Whoever keeps watch says it.
     if not isinstance(ended_by.error, _RAN_OUT):
       raise ended_by.error  # A mistake of ours.
     say(f'train.py: cannot go on: {_reason(ended_by.error)}', sys.stderr)
+  if workdir is None:
+    return code
   say('\n' + report.table(histories))
   said = report.sentences(config, histories)
   if said:
     say('\n' + '\n'.join(said))
   say('\n' + '\n'.join(str(workdir / name) for name in written))
   return code
+
+
+def _written(config, workdir, histories, status):
+  """Writes what came out; returns the files' names."""
+  files.write_json(
+    workdir / 'result.json', report.result(config, histories, status)
+  )
+  drawings = {}
+  if any(len(h.step) for h in histories.values()):
+    drawings['curves.png'] = report.draw
+    if any(map(report.has_workers, histories.values())):
+      drawings['staleness.png'] = report.draw_staleness
+  for name, draw in drawings.items():
+    draw = functools.partial(draw, config=config, histories=histories)
+    files.write_whole(workdir / name, draw)
+  return ['result.json', *drawings]
 
 
 def _reason(error):

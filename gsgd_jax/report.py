@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 
 from gsgd_jax import __version__, events, settings, transformation
+from gsgd_jax.parallel import make_mesh
 
 _PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'scikit-learn')
 _LEVEL = 0.95
@@ -290,6 +291,8 @@ def result(
       **{name: metadata.version(name) for name in _PACKAGES},
     },
     'device': f'{device.platform} ({device.device_kind})',
+    'devices': make_mesh(config.devices).size,
+    'processes': jax.process_count(),
     'said': sentences(config, histories),
     'methods': {name: _of_method(h, config) for name, h in histories.items()},
   }

@@ -139,6 +139,12 @@ def default_config() -> ml_collections.ConfigDict:
   # At most so many of the 'asynchronous' workers take gradients at once; each
   # needs a copy of the parameters meanwhile. None is all. One device takes one.
   config.round_size = config_dict.placeholder(int)
+  # Several processes that train together: see README. What is not given is
+  # asked from the cluster, if it says it.
+  config.distributed = False
+  config.coordinator = config_dict.placeholder(str)  # HOST:PORT of process 0.
+  config.processes = config_dict.placeholder(int)  # How many,
+  config.process_id = config_dict.placeholder(int)  # and which one this is.
   # Watching.
   config.tensorboard = False  # Event files in the workdir.
   config.profile = False  # A jax.profiler trace of a few steps of each method.
@@ -189,7 +195,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _text(config, name)
   for name in ('target', 'parallel', 'guidance', 'compensation'):
     _text(config, name, optional=True)
-  for name in ('compilation_cache', 'trace'):
+  for name in ('compilation_cache', 'trace', 'coordinator'):
     _text(config, name, optional=True)
   for name in ('workers', 'batch_size', 'seeds', 'updates', 'evaluate_every'):
     _integer(config, name, 1)
@@ -203,9 +209,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   _integer(config, 'split_batch_size', 1, optional=True)
   _integer(config, 'max_ahead', 0, optional=True)
   _integer(config, 'devices', 1, optional=True)
+  _integer(config, 'processes', 1, optional=True)
+  _integer(config, 'process_id', 0, optional=True)
   _integer(config, 'round_size', 1, optional=True)
   for name in ('verification', 'average_scores', 'stored_gradients'):
     _truth(config, name)
+  _truth(config, 'distributed')
   _truth(config, 'tensorboard')
   _truth(config, 'profile')
   _number(config, 'train_share', 0, 1)
@@ -226,6 +235,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _sequences(config)
   _between(config)
   _cluster(config)
+  _hosts(config)
 
 
 def _names(config):
@@ -359,6 +369,29 @@ def _between(config):
     raise ValueError(
       'stored_gradients computes nothing, so revisit must be 0 with it, got '
       f'{config.revisit}'
+    )
+
+
+def _hosts(config):
+  """Settings of several processes."""
+  for name in ('coordinator', 'processes', 'process_id'):
+    if config[name] is not None and not config.distributed:
+      raise ValueError(
+        f'{name} is of a run of several processes and needs '
+        '--config.distributed=True'
+      )
+  coordinator = config.coordinator
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+      raise ValueError(
+        f'coordinator must be HOST:PORT, got {_shown(coordinator)}'
+      )
+  number, own = config.processes, config.process_id
+  if number is not None and own is not None and own >= number:
+    raise ValueError(
+      f'process_id must be from 0 to {number - 1}, as there are '
+      f'processes={number}, got {own}'
     )
 
 

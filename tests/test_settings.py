@@ -12,7 +12,7 @@ NAN = math.nan
 TEXTS = ['dataset', 'preprocessing', 'model', 'combine', 'optimizer']
 TEXTS += ['schedule', 'arrivals', 'replay_model']
 OPTIONAL_TEXTS = ['target', 'parallel', 'guidance', 'compilation_cache']
-OPTIONAL_TEXTS += ['trace', 'compensation']
+OPTIONAL_TEXTS += ['trace', 'compensation', 'coordinator']
 CHOICES = {
   'model': 'mlp, softmax_regression',
   'preprocessing': 'author, standard',
@@ -20,7 +20,7 @@ CHOICES = {
   'replay_model': 'parallel, serial, shared',
 }
 TRUTHS = ['verification', 'average_scores', 'stored_gradients']
-TRUTHS += ['tensorboard', 'profile']
+TRUTHS += ['tensorboard', 'profile', 'distributed']
 LEAST = dict(
   workers=1,
   batch_size=1,
@@ -34,7 +34,7 @@ LEAST = dict(
 OPTIONAL_LEAST = dict(
   patience=1, replays=0, revisit=0, wait_for=1, split_batch_size=1, max_ahead=0
 )
-OPTIONAL_LEAST |= dict(devices=1, round_size=1)
+OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread']
 NUMBERS = ['cv', 'machine_cv', 'sync_cost']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
@@ -191,7 +191,10 @@ RIGHT += [(name, dict(momentum=0.9)) for name in DICTS]
 @pytest.mark.parametrize('name', ALL)
 def test_right(name):
   for value in [value for given, value in RIGHT if given == name]:
-    settings.check(config_of(**{name: value}))
+    needs = {}
+    if name in ('coordinator', 'processes', 'process_id') and value is not None:
+      needs = dict(distributed=True)
+    settings.check(config_of(**{name: value}, **needs))
 
 
 @pytest.mark.parametrize(

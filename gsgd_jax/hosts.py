@@ -1,0 +1,173 @@
+"""Several processes, on one host or on many, that train together.
+
+JAX's distributed runtime lets them find one another. When one of them dies the
+others cannot go on; what tells them is either a collective that fails, or that
+runtime, which then aborts the process from within C++. So the process that the
+user starts only keeps watch: training runs in a child of it, and however that
+ends there is a sentence and an exit code.
+"""
+
+import faulthandler
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import ml_collections
+import numpy as np
+
+# A process that says nothing for so long is dead; one that has not come yet is
+# not waited for any longer.
+SILENCE_SECONDS = 20
+MEETING_SECONDS = 120
+LOST = 75  # A child's exit code: a collective has found another one gone.
+_WATCHED = 'GSGD_JAX_WATCHED'  # In a child's environment.
+_WAKE_SECONDS = 0.2  # Signals wait so long.
+
+
+def is_watched() -> bool:
+  """Whether this process is the child that trains."""
+  return _WATCHED in os.environ
+
+
+def watch(arguments: list[str]) -> int:
+  """Runs a program again, as a child, until it ends.
+
+  Signals are handed on to it; it ends when this process does.
+
+  Args:
+    arguments: The program's command line.
+
+  Returns:
+    Its exit code; 1, after a sentence, if it did not end by itself.
+  """
+  environment = {**os.environ, _WATCHED: '1'}
+  if environment.get('TF_CPP_MIN_LOG_LEVEL') in (None, '1'):  # JAX's default.
+    # What the runtime says about its own end is for its developers.
+    environment['TF_CPP_MIN_LOG_LEVEL'] = '4'
+  child = subprocess.Popen(
+    [sys.executable, *arguments], stdin=subprocess.PIPE, env=environment
+  )
+  asked = []
+
+  def hand_on(number, frame):
+    del frame
+    asked.append(number)
+    child.send_signal(number)
+
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    number = getattr(signal, name, None)  # Windows lacks some.
+    if number and signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, hand_on)
+  while True:
+    try:
+      code = child.wait(timeout=_WAKE_SECONDS)
+      break
+    except subprocess.TimeoutExpired:
+      continue
+  if asked and code < 0:
+    return 130
+  if code >= 0 and code != LOST:
+    return code
+  if code == LOST or -code == getattr(signal, 'SIGABRT', None):
+    say(
+      'another process of this run has gone, did not answer for '
+      f'{SILENCE_SECONDS} seconds, or did not come within {MEETING_SECONDS}; '
+      'this one ends too'
+    )
+  else:
+    say(f'the process that trains was killed ({signal.Signals(-code).name})')
+  return 1
+
+
+def is_loss(error: BaseException) -> bool:
+  """Whether an error is that of a collective that found a process gone."""
+  words = ('Gloo', 'NCCL', 'DEADLINE_EXCEEDED', 'UNAVAILABLE')
+  return any(word in str(error) for word in words)
+
+
+def say(sentence: str) -> None:
+  """Says why this process ends, even while others write."""
+  os.write(2, f'train.py: {sentence}\n'.encode())
+
+
+def end_with_parent() -> None:
+  """Ends this process, a watched one, as soon as the one that watches ends."""
+  faulthandler.disable()  # How it ends is told by a sentence.
+
+  def wait():
+    while os.read(0, 1):
+      pass
+    os._exit(1)
+
+  threading.Thread(target=wait, name='parent', daemon=True).start()
+
+
+def join(config: ml_collections.ConfigDict) -> None:
+  """Waits for the other processes; before anything is computed.
+
+  Raises:
+    ValueError: The coordinator or the numbers are missing or wrong, or settings
+      differ.
+  """
+  import jax
+
+  # Else SIGTERM would be the runtime's.
+  jax.config.update('jax_enable_preemption_service', False)
+  if config.coordinator is not None:
+    say(f'meeting the other processes at {config.coordinator}')
+  try:
+    jax.distributed.initialize(
+      config.coordinator,
+      config.processes,
+      config.process_id,
+      initialization_timeout=MEETING_SECONDS,
+      heartbeat_timeout_seconds=SILENCE_SECONDS,
+      shutdown_timeout_seconds=MEETING_SECONDS,
+    )
+  except (RuntimeError, TypeError, ValueError) as e:
+    raise ValueError(
+      'distributed needs --config.coordinator=HOST:PORT, --config.processes '
+      'and --config.process_id, unless it runs on a cluster that says them: '
+      + str(e).splitlines()[0]
+    ) from e
+  if config.processes not in (None, jax.process_count()):
+    raise ValueError(
+      f'processes={config.processes} here, but {jax.process_count()} elsewhere'
+    )
+  _check_same(config)
+
+
+def _check_same(config):
+  """Raises unless all processes have the same settings and versions."""
+  import jax
+  from jax.experimental import multihost_utils
+
+  from gsgd_jax import __version__
+
+  same = {k: v for k, v in config.to_dict().items() if k != 'process_id'}
+  text = repr((sorted(same.items()), __version__, jax.__version__))
+  digest = hashlib.sha256(text.encode()).digest()[:4]
+  try:
+    multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
+  except AssertionError:
+    raise ValueError(
+      'the processes of a run must have the same settings, process_id aside, '
+      'and the same versions of gsgd_jax and jax'
+    ) from None
+
+
+def leave() -> None:
+  """Waits until all have come to their end, and parts."""
+  import jax
+
+  jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+  """Whether this process writes the files and shows progress."""
+  import jax
+
+  return jax.process_index() == 0
