@@ -9,8 +9,8 @@
 gsgd_jax/settings.py lists every setting; --config.NAME=VALUE changes one.
 
 Exit codes: 0 done; 1 every method diverged, or a file could not be written, or
-memory ran out; 2 bad input; 130 interrupted, with what was measured so far in
-the files.
+memory ran out, or another process of the run has gone; 2 bad input; 130
+interrupted, with what was measured so far in the files.
 """
 
 # ruff: noqa: E402 (a signal may come while the later imports still run)

@@ -9,11 +9,11 @@ gradient, batches of 64, 64 workers that arrive in turn or are as uneven as in
 `configs/heterogeneous_cluster.py`. `at once` is `gradients_at_once`.
 
 The second (with several devices): bytes in the compiled program's collectives
-for an arriving gradient, over its size, which is the floor: it crosses once;
-and bytes of state on a device over N / D gradients, which is theirs.
+for an arriving gradient, over its size, which is the floor: it crosses once
+(and with DC-ASGD the parameters that its worker read); and bytes of state on a
+device over N / D of these.
 """
 
-import collections
 import math
 import re
 
@@ -54,12 +54,13 @@ def rounds_of(arrivals, workers, calls):
 
   state = tx.init(jnp.zeros([1]))
   _, order = jax.jit(lambda s: jax.lax.scan(step, s, length=calls))(state)
-  rounds, there = 1, set()
+  lengths, there = [], set()
   for worker in np.asarray(order)[workers - 1 :].tolist():
     if worker in there:
-      rounds, there = rounds + 1, set()
+      lengths.append(len(there))
+      there = set()
     there.add(worker)
-  return (calls - workers + 1) / rounds
+  return np.mean(lengths)
 
 
 def rows_of_batches(batch, calls):
@@ -127,55 +128,15 @@ def collectives(text):
   return found
 
 
-def independent(text):
-  """Whether sums of gradients and products of matrices need one another not.
-
-  Scalars aside; by the operands of the compiled program's instructions, across
-  its computations.
-  """
-  needs, heavy, sums = {}, set(), []
-  inside = collections.defaultdict(set)
-  computation = None
-  for line in text.splitlines():
-    if line and not line[0].isspace() and '{' in line:
-      computation = line.removeprefix('ENTRY ').split()[0]
-    found = re.match(r'\s+(?:ROOT )?(%[\w.-]+) = (.*)', line)
-    if not found:
-      continue
-    name, rest = found.groups()
-    needs[name] = set(re.findall(r'%[\w.-]+', rest))
-    inside[computation].add(name)
-    if re.search(r' dot\(|custom-call.*matmul', rest):
-      heavy.add(name)
-    if re.match(r'[(]?f\d+\[\d+.* all-reduce(-start)?\(', rest):
-      sums.append(name)
-  for called, names in inside.items():  # A call needs what is in it.
-    needs[called] = names
-  return (
-    bool(sums)
-    and not any(_reaches(needs, one, heavy) for one in sums)
-    and not any(_reaches(needs, one, set(sums)) for one in heavy)
-  )
-
-
-def _reaches(needs, name, goals):
-  seen, waiting = set(), [name]
-  while waiting:
-    for other in needs.get(waiting.pop(), ()):
-      if other in goals:
-        return True
-      if other not in seen:
-        seen.add(other)
-        waiting.append(other)
-  return False
-
-
 def messages(name, arrivals, keep_params):
   """(bytes for an arrival, of state on a device; of a gradient)."""
   params, batch = mlp.problem(tuple(map(int, name.split('-'))))
   rows, loss_fn = rows_of_batches(batch, _CALLS.value)
+  correction = (
+    gsgd_jax.delay_compensation() if keep_params else optax.identity()
+  )
   program = parallel.asynchronous(
-    optax.sgd(1e-3),
+    optax.chain(correction, optax.sgd(1e-3)),
     loss_fn,
     _WORKERS.value,
     arrivals=arrivals,
@@ -240,7 +201,7 @@ def main(argv):
       floor = gradient * (2 if keep_params else 1)
       rows.append(
         [
-          name + (', keep_params' if keep_params else ''),
+          name + (', DC-ASGD' if keep_params else ''),
           f'{gradient:,}',
           f'{sent:,}',
           f'{sent / floor:.4f}',
@@ -256,7 +217,7 @@ def main(argv):
       'in collectives an arrival',
       'over floor',
       'state on a device',
-      'over N / D gradients',
+      'over N / D',
     ],
     rows,
   )

@@ -283,7 +283,7 @@ def asynchronous(
     functools.partial(staleness.begin, whole),
     local_init,
     advance,
-    room=size.places + 1 + size.gradients,
+    room=size.workers + 1 + size.gradients,
   )
 
 

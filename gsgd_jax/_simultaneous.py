@@ -13,6 +13,7 @@ its gradient is sent to all devices, and every device applies it to a copy of
 the server. What the devices say to one another is `parallel`'s.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,20 +37,23 @@ class Size(NamedTuple):
   """How much is done at once."""
 
   workers: int  # In a round, on a device.
-  gradients: int  # By one `vmap`.
+  gradients: int  # By one `vmap`, at most.
 
   @property
-  def places(self) -> int:
-    """Places for what pending workers have read."""
-    return -(-self.workers // self.gradients) * self.gradients
+  def widths(self) -> list[int]:
+    """How many gradients are taken by one `vmap`, so that none is in vain."""
+    widths = [self.gradients]
+    while widths[-1] > 1:
+      widths.append(widths[-1] // 2)
+    return widths
 
 
 class _Pending(NamedTuple):
   """Who has read and has no gradient yet, device by device."""
 
   number: jax.Array  # shape=(devices,), int32.
-  worker: jax.Array  # shape=(devices, places), int32.
-  call: jax.Array  # shape=(devices, places), int32: whose batch is theirs.
+  worker: jax.Array  # shape=(devices, workers of a round), int32.
+  call: jax.Array  # Likewise: whose batch is theirs.
 
 
 class _Carry(NamedTuple):
@@ -89,9 +93,9 @@ def advance(
   Returns:
     Parameters, state, and losses by call, the same on every device.
   """
-  none = jnp.zeros([devices.number, size.places], jnp.int32)
+  none = jnp.zeros([devices.number, size.workers], jnp.int32)
   # What is read here has the dtypes of the parameters, whatever it announces.
-  reads = devices.varying(_ring.stack(params, size.places + 1))
+  reads = devices.varying(_ring.stack(params, size.workers + 1))
   values = devices.varying(jnp.zeros([room], _protocol.score_dtype()))
   carry = _Carry(
     params,
@@ -164,7 +168,7 @@ def _in_any_run(condition):
 
 def _is_pending(devices, size, pending, worker):
   device = worker % devices.number
-  there = jnp.arange(size.places, dtype=jnp.int32) < _ring.read(
+  there = jnp.arange(size.workers, dtype=jnp.int32) < _ring.read(
     pending.number, device
   )
   return jnp.any(there & (_ring.read(pending.worker, device) == worker))
@@ -186,7 +190,7 @@ def _reader_added(server, devices, size, calls, carry, active):
   place = _ring.read(pending.number, device)
   read = _protocol.worker_params(carry.params, state.inner_state)
   mine = active & (device == devices.index())
-  reads = _ring.write(carry.reads, jnp.where(mine, place, size.places), read)
+  reads = _ring.write(carry.reads, jnp.where(mine, place, size.workers), read)
   in_flight = state.in_flight
   if in_flight.batch is not None:
 
@@ -223,12 +227,13 @@ def _gradients_taken(server, devices, loss_fn, size, calls, carry):
     sent, slot = server.transform.update(grads, slot, read, **extras)
     return value, sent, slot
 
-  def block(k, carry):
-    first = k * size.gradients
-    cut = lambda x: lax.dynamic_slice_in_dim(x, first, size.gradients)
+  def block(begin, width, k, carry):
+    first = begin + k * width
+    cut = lambda x: lax.dynamic_slice_in_dim(x, first, width)
     reads = jax.tree.map(cut, carry.reads)
     call, worker = cut(call_of), cut(workers)
-    there = first + jnp.arange(size.gradients, dtype=jnp.int32) < number
+    # A device may have fewer than others.
+    there = first + jnp.arange(width, dtype=jnp.int32) < number
     state = carry.state
     slots = worker // devices.number
     slot = jax.tree.map(lambda x: x[slots], state.worker_state.state)
@@ -260,8 +265,12 @@ def _gradients_taken(server, devices, loss_fn, size, calls, carry):
     )
 
   most = _most_of_all_runs(jnp.max(pending.number))
-  blocks = (most + size.gradients - 1) // size.gradients
-  carry = lax.fori_loop(0, blocks, block, carry)
+  begin = jnp.zeros([], jnp.int32)
+  for width in size.widths:
+    blocks = (most - begin) // width
+    take = functools.partial(block, begin, width)
+    carry = lax.fori_loop(0, blocks, take, carry)
+    begin += blocks * width
   return carry._replace(
     pending=pending._replace(number=jnp.zeros_like(pending.number))
   )

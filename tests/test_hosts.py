@@ -45,31 +45,34 @@ def alone(folder, devices, *flags):
 
 
 class Pair:
-  """Two processes with a device each."""
+  """The README's two processes, with a device each."""
 
   def __init__(self, folder, *flags, own=((), ())):
-    where = f'--config.coordinator=127.0.0.1:{free_port()}'
+    commands = re.findall(
+      r'^python train.py (--config.distributed.*?)(?: &)?$',
+      (ROOT / 'README.md').read_text(),
+      re.MULTILINE,
+    )
+    assert len(commands) == 2
+    port = str(free_port())
     self.folder = folder
     self.processes = [
       subprocess.Popen(
         [
           sys.executable,
           ROOT / 'train.py',
+          *command.replace('9911', port).split(),
           *SHORT,
-          '--config.distributed=True',
-          where,
-          '--config.processes=2',
-          f'--config.process_id={i}',
           '--workdir=run',
           *flags,
-          *own[i],
+          *its_own,
         ],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
       )
-      for i in range(2)
+      for command, its_own in zip(commands, own, strict=True)
     ]
 
   def __enter__(self):

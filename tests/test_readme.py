@@ -7,13 +7,15 @@ import re
 import tempfile
 
 import jax
+import pytest
 
 import gsgd_jax
-from gsgd_jax import settings
+from gsgd_jax import parallel, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 COMPENSATION = (ROOT / 'docs' / 'compensation.md').read_text()
+DEVICES = (ROOT / 'docs' / 'devices.md').read_text()
 CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
 
 
@@ -57,6 +59,23 @@ def test_the_guide_to_compensations_runs():
   assert len(losses) == 5
   for name, loss in losses:
     assert float(loss) < 0.5, name  # From 5.25.
+
+
+@pytest.mark.parametrize('number', [1, 8])
+def test_the_guide_to_devices_runs(number, monkeypatch):
+  monkeypatch.setattr(parallel, 'device_count', lambda: number)
+  blocks = re.findall(r'```python\n(.*?)```', DEVICES, flags=re.DOTALL)
+  printed = io.StringIO()
+  with (
+    jax.enable_x64(False),
+    jax.numpy_dtype_promotion('standard'),
+    contextlib.redirect_stdout(printed),
+  ):
+    exec(compile('\n'.join(blocks), 'devices.md', 'exec'), {})
+  losses = re.findall(r'(.*): loss (\S+)\n', printed.getvalue())
+  assert len(losses) == 4
+  for name, loss in losses:
+    assert float(loss) < 0.1, name  # From 5.25.
 
 
 def test_every_compensation_has_its_line():
