@@ -123,7 +123,14 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv):
   """Checks the input, then trains."""
   # --help needs no JAX.
-  from gsgd_jax import application, experiment, files, hosts, settings
+  from gsgd_jax import (
+    application,
+    experiment,
+    files,
+    hosts,
+    parallel,
+    settings,
+  )
 
   with _bad_input():
     if len(argv) > 1:
@@ -142,7 +149,9 @@ def main(argv):
     workdir = None
     if not config.distributed or hosts.is_first():
       workdir = _make_workdir(files)
-      application.say(f'writing to {workdir}')
+      number = parallel.make_mesh(config.devices).size
+      on = f', training on {number} devices' if number > 1 else ''
+      application.say(f'writing to {workdir}{on}')
   try:
     code = application.run(config, workdir, _BEGAN)
   except OSError as e:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gsgd_jax import _protocol, _ring, _simultaneous, rounds, staleness
+from gsgd_jax import _mean, _protocol, _ring, _simultaneous, rounds, staleness
 
 # Gradients of one `vmap`; see benchmarks.parallel.
 _GRADIENTS_AT_ONCE = 8
@@ -101,122 +101,133 @@ def synchronous(
   **options: Any,
 ) -> Method:
   """The method of `synchronous`."""
+  make, own_loss, own_like = _making(inner, loss_fn, devices, batch_like)
   mean = options.get('combine') == 'mean' and workers > 1
   waited = options.get('wait_for') or workers
   _check_divides('a round waits for {} gradients', waited, devices)
-  per_device = waited // devices.number
 
-  def settings(make, loss, like, gradients):
-    inside = _joined(like, gradients) if mean else like
+  def settings(loss_fn, batch_like, gradients):
+    inside = _joined(batch_like, gradients) if mean else batch_like
     return rounds.synchronous_rounds(
-      make(loss, inside), workers, batch_like=like, **options
+      make(loss_fn, inside), workers, batch_like=batch_like, **options
     )
 
-  make, own_loss, own_like = _making(inner, loss_fn, devices, batch_like)
-  whole = settings(make, loss_fn, batch_like, waited)
-  # A round's mean is of whole batches, of which a device has its own.
-  own = settings(make, own_loss, batch_like if mean else own_like, per_device)
-  tx = rounds.transformation(own)
+  whole = settings(loss_fn, batch_like, waited)
+  if mean:  # It is of whole batches, of which a device has its own.
+    own = settings(own_loss, batch_like, waited // devices.number)
+  else:
+    own = settings(own_loss, own_like, waited)
+  way = _Round(loss_fn, devices, own, waited // devices.number)
+  return Method(
+    devices,
+    rounds.transformation(whole).init,
+    way.local_init,
+    way.advance,
+    room=way.size,
+  )
 
-  def local_init(params):
-    state = tx.init(params)
-    if not mean:
+
+class _Round(NamedTuple):
+  """Rounds of gradients, so many of each on a device."""
+
+  loss_fn: Callable
+  devices: Any
+  settings: rounds.Rounds  # Those of the server.
+  size: int
+
+  def local_init(self, params):
+    state = rounds.transformation(self.settings).init(params)
+    if not self.settings.collects:
       return state
-    batches = jax.tree.map(lambda x: x[:per_device], state.sums.batch)
+    batches = jax.tree.map(lambda x: x[: self.size], state.sums.batch)
     return state._replace(sums=state.sums._replace(batch=batches))
 
-  def segment(calls, number, carry):
-    """A round, or the part of it that these calls are."""
-    call, params, state, values = carry
-    first = state.count
-    more = jnp.minimum(waited - first, number - call).astype(jnp.int32)
-    places = devices.index() * per_device
-    places += jnp.arange(per_device, dtype=jnp.int32)
-    there = (first <= places) & (places < first + more)
-    own_calls = jnp.where(there, call + places - first, 0)
-    read = devices.varying(_protocol.worker_params(params, state))
-
-    def gradient(call):
-      return jax.value_and_grad(loss_fn)(read, calls.batch(call))
-
-    losses, grads = jax.vmap(gradient)(own_calls)
-    losses = losses.astype(_protocol.score_dtype())
-    at = jnp.where(there, own_calls, values.size)
-    values = values.at[at].set(losses, mode='drop')
-    packets = (grads, losses)
-    combine = collect if mean else in_turn
-    params, state = combine(
-      calls, call, params, state, packets, there, own_calls, more
+  def advance(self, params, state, calls, number, room):
+    number = jnp.asarray(number, jnp.int32)
+    losses = jnp.zeros([room], _protocol.score_dtype())
+    losses = self.devices.varying(losses)
+    begin = jnp.zeros([], jnp.int32)
+    _, params, state, losses = lax.while_loop(
+      lambda carry: carry[0] < number,
+      functools.partial(self._one_round, calls, number),
+      (begin, params, state, losses),
     )
-    return call + more, params, state, values
+    return params, state, self.devices.total(losses)
 
-  def in_turn(calls, call, params, state, packets, there, own_calls, more):
-    del there, own_calls
+  def _one_round(self, calls, number, carry):
+    """A round, or as much of it as these calls are."""
+    call, params, state, losses = carry
     first = state.count
+    more = jnp.minimum(self.settings.wait_for - first, number - call)
+    # This device's places in the round, and their calls, if it is their turn.
+    places = self.devices.index() * self.size
+    places += jnp.arange(self.size, dtype=jnp.int32)
+    there = (first <= places) & (places < first + more)
+    own = jnp.where(there, call + places - first, 0)
+    read = _protocol.worker_params(params, state)
+    gradient = jax.value_and_grad(self.loss_fn)
+    values, grads = jax.vmap(
+      lambda call: gradient(self.devices.varying(read), calls.batch(call))
+    )(own)
+    values = values.astype(losses.dtype)
+    at = jnp.where(there, own, losses.size)
+    losses = losses.at[at].set(values, mode='drop')
+    if self.settings.collects:
+      batches = None
+      if state.sums.batch is not None:
+        batches = jax.vmap(calls.batch)(own)
+      last = calls.extras(call + more - 1)
+      packets = _mean.Sums(grads, values, batches)
+      params, state = self._collected(packets, there, more, last, params, state)
+    else:
+      params, state = self._in_turn(
+        (grads, values), call, more, calls, params, state
+      )
+    return call + more, params, state, losses
+
+  def _in_turn(self, packets, call, more, calls, params, state):
+    """Applies the gradients one after another."""
+    tx, first = rounds.transformation(self.settings), state.count
 
     def apply(i, carry):
       params, state = carry
       place = first + i
-      mine = _ring.read(packets, place % per_device)
-      grads, value = devices.sent_from(place // per_device, mine)
+      mine = _ring.read(packets, place % self.size)
+      grads, value = self.devices.sent_from(place // self.size, mine)
+      extras = calls.extras(call + i)
       updates, state = tx.update(
-        grads,
-        state,
-        params,
-        value=value,
-        batch=calls.share(call + i),
-        **calls.extras(call + i),
+        grads, state, params, value=value, batch=calls.share(call + i), **extras
       )
       return optax.apply_updates(params, updates), state
 
     return lax.fori_loop(0, more, apply, (params, state))
 
-  def collect(calls, call, params, state, packets, there, own_calls, more):
+  def _collected(self, packets, there, more, extras, params, state):
+    """Collects the gradients, and applies their mean if they are the last."""
+    of_those = lambda x: there.reshape(-1, *[1] * (x.ndim - 1))
 
-    def plus(so_far, x):
-      mask = there.reshape(-1, *[1] * (x.ndim - 1))
-      x = jnp.where(mask, x, jnp.zeros_like(x)).astype(so_far.dtype)
-      so_far = jnp.where(state.count == 0, jnp.zeros_like(so_far), so_far)
-      return so_far + devices.total(jnp.sum(x, axis=0))
+    def plus(total, x):
+      x = jnp.where(of_those(x), x, jnp.zeros_like(x)).astype(total.dtype)
+      total = jnp.where(state.count == 0, jnp.zeros_like(total), total)
+      return total + self.devices.total(jnp.sum(x, axis=0))
 
+    enter = lambda old, new: jnp.where(of_those(new), new, old)
     sums = state.sums
-    grads, losses = packets
-    batches = sums.batch
-    if batches is not None:
-
-      def entered(ring, call, here, place):
-        old = _ring.read(ring, place)
-        new = jax.tree.map(
-          lambda x, y: jnp.where(here, x, y), calls.batch(call), old
-        )
-        return _ring.write(ring, place, new)
-
-      for place in range(per_device):
-        batches = entered(batches, own_calls[place], there[place], place)
-    sums = sums._replace(
-      updates=jax.tree.map(plus, sums.updates, grads),
-      value=plus(sums.value, losses),
-      batch=batches,
+    sums = _mean.Sums(
+      updates=jax.tree.map(plus, sums.updates, packets.updates),
+      value=plus(sums.value, packets.value),
+      batch=jax.tree.map(enter, sums.batch, packets.batch),
     )
-    last = calls.extras(call + more - 1)
     updates, state = rounds.collected(
-      own, state, sums, more, params, params, dict(last, value=0.0)
+      self.settings,
+      state,
+      sums,
+      more,
+      params,
+      params,
+      dict(extras, value=sums.value),
     )
     return optax.apply_updates(params, updates), state
-
-  def advance(params, state, calls, number, room):
-    number = jnp.asarray(number, jnp.int32)
-    values = devices.varying(jnp.zeros([room], _protocol.score_dtype()))
-    call = jnp.zeros([], jnp.int32)
-    _, params, state, values = lax.while_loop(
-      lambda carry: carry[0] < number,
-      functools.partial(segment, calls, number),
-      (call, params, state, values),
-    )
-    return params, state, devices.total(values)
-
-  whole_tx = rounds.transformation(whole)
-  return Method(devices, whole_tx.init, local_init, advance, room=per_device)
 
 
 def asynchronous(

@@ -188,7 +188,7 @@ def _check_memory(config, method, state, params, room, mesh):
 
 def _memory():
   """Bytes of memory of the device that trains, or None where unknown."""
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   if device.platform != 'cpu':
     return (device.memory_stats() or {}).get('bytes_limit')
   if not hasattr(os, 'sysconf'):

@@ -133,7 +133,8 @@ def test_two_processes_end_where_one_does(tmp_path):
         values = np.array([ours[name], theirs[name]], float)
         np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-6, err_msg=name)
   (_, said, progress), (_, nothing, quiet) = ends
-  assert 'writing to run' in said and 'test accuracy' in said
+  assert 'writing to run, training on 2 devices\n' in said
+  assert 'test accuracy' in said
   meeting = 'train.py: meeting the other processes at 127.0.0.1:'
   assert meeting in progress and 'asynchronous, guided: completed' in progress
   assert re.fullmatch(re.escape(meeting) + r'\d+\n', quiet)
@@ -171,6 +172,34 @@ def test_a_signal_ends_both(tmp_path):
   assert other == 1 and its_err.count(GONE) == 1
   result = json.loads((tmp_path / 'run' / 'result.json').read_text())
   assert result['status'] == 'interrupted'
+
+
+def test_numbers_that_the_cluster_says(tmp_path):
+  """Slurm's environment; no flag but `distributed`."""
+  slurm = dict(
+    SLURM_JOB_ID=str(free_port()),
+    SLURM_STEP_NODELIST='localhost',
+    SLURM_NTASKS='2',
+  )
+  command = [sys.executable, ROOT / 'train.py', *SHORT]
+  command += ['--config.distributed=True', '--config.updates=5']
+  command += ['--config.methods=sequential', '--workdir=run']
+  processes = [
+    subprocess.Popen(
+      command,
+      cwd=tmp_path,
+      env={**os.environ, **slurm, 'SLURM_PROCID': i, 'SLURM_LOCALID': i},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in '01'
+  ]
+  for process in processes:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+  result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+  assert result['processes'] == 2
 
 
 def test_different_settings(tmp_path):
