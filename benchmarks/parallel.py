@@ -14,9 +14,6 @@ for an arriving gradient, over its size, which is the floor: it crosses once
 device over N / D of these.
 """
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +21,7 @@ import optax
 from absl import app, flags
 
 import gsgd_jax
-from benchmarks import mlp, timing
+from benchmarks import hlo, mlp, timing
 from gsgd_jax import parallel, worker_params
 
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Rounds that are timed.')
@@ -111,23 +108,6 @@ def speeds(name, arrivals, at_once):
   return timing.medians(programs, carries, _ROUNDS.value, warmup=2)
 
 
-def collectives(text):
-  """Bytes that each collective of a compiled program brings, by its loop."""
-  found = {}
-  computation = None
-  for line in text.splitlines():
-    if line and not line[0].isspace() and '{' in line:
-      computation = line.split()[0]
-    kind = re.search(r' = (.*?) (all-reduce|all-gather|all-to-all)\(', line)
-    if kind:
-      size = sum(
-        math.prod(map(int, filter(None, dims.split(',')))) * int(bits) // 8
-        for bits, dims in re.findall(r'[a-z]+(\d+)\[([\d,]*)\]', kind[1])
-      )
-      found.setdefault(computation, []).append(size)
-  return found
-
-
 def messages(name, arrivals, keep_params):
   """(bytes for an arrival, of state on a device; of a gradient)."""
   params, batch = mlp.problem(tuple(map(int, name.split('-'))))
@@ -144,10 +124,10 @@ def messages(name, arrivals, keep_params):
   )
   params, state = program.init(params)
   lowered = jax.jit(program.step).lower(params, state, rows)
-  found = collectives(lowered.compile().as_text())
+  found = hlo.collectives(lowered.compile().as_text())
   gradient = sum(p.nbytes for p in jax.tree.leaves(params))
   # One loop sends arriving gradients; what it does not is the chunk's losses.
-  sent = max(map(sum, found.values()))
+  sent = max(found.values())
   held = sum(
     shard.data.nbytes
     for leaf in jax.tree.leaves(state)

@@ -38,6 +38,7 @@ class Method(NamedTuple):
     advance: ``advance(params, state, calls, number, room)``: so many calls on a
       device. Returns parameters, state, and ``room`` losses, the same on all.
     room: Copies of the parameters that a device needs meanwhile.
+    apart: Whether the losses are each device's own instead.
   """
 
   devices: Any  # A `parallel.Devices`.
@@ -45,7 +46,21 @@ class Method(NamedTuple):
   local_init: Callable[[optax.Params], Any]
   advance: Callable[..., tuple[optax.Params, Any, jax.Array]]
   room: int = 0
-  apart: bool = False  # Losses are each device's own.
+  apart: bool = False
+
+
+class DelayedAllReduceState(NamedTuple):
+  """State of `parallel.delayed_all_reduce`.
+
+  Of gradients and losses every device has its own, along the leading axis.
+
+  Attributes:
+    server: That of :func:`gsgd_jax.delayed`; in flight is what is older than
+    latest: what the last step left, with a leading axis of 1 a device.
+  """
+
+  server: staleness.AsynchronousState
+  latest: staleness.InFlight
 
 
 def data_parallel(
@@ -254,7 +269,6 @@ def asynchronous(
       'max_ahead lets workers wait for one another, and rounds are of workers '
       'that do not; use data_parallel(asynchronous(..., max_ahead=...))'
     )
-  _check_divides('there are {} workers', whole.workers, devices)
   if whole.alone:
     return data_parallel(
       lambda loss_fn, like: staleness.asynchronous(
@@ -264,6 +278,7 @@ def asynchronous(
       devices,
       batch_like,
     )
+  _check_divides('there are {} workers', whole.workers, devices)
   per_device = whole.workers // devices.number
   size = _size(per_device, devices, round_size, gradients_at_once)
 
@@ -323,7 +338,14 @@ def delayed_all_reduce(
     make(own_loss, own_like), delay, batch_like=own_like, **options
   )
   if own.alone:
-    return data_parallel(inner, loss_fn, devices, batch_like)
+    return data_parallel(
+      lambda loss_fn, like: staleness.delayed(
+        make(loss_fn, like), delay, batch_like=like, **options
+      ),
+      loss_fn,
+      devices,
+      batch_like,
+    )
   whole = staleness.delayed_server(
     make(loss_fn, batch_like), delay, batch_like=batch_like, **options
   )
@@ -383,25 +405,36 @@ def delayed_all_reduce(
   )
 
 
-class DelayedAllReduceState(NamedTuple):
-  """State of `parallel.delayed_all_reduce`.
-
-  Of gradients and losses every device has its own, along the leading axis.
-  """
-
-  server: staleness.AsynchronousState  # In flight is what is older than
-  latest: staleness.InFlight  # what the last step left: a leading axis of 1.
-
-
 def _making(inner, loss_fn, devices, batch_like):
   """A function that makes the server's side; a device's loss and share."""
   make = inner
   if isinstance(inner, optax.GradientTransformation):
-    make = lambda loss_fn, batch_like: inner
+    plain = _without_batch(inner)
+    make = lambda loss_fn, batch_like: plain
   like = None
   if batch_like is not None:
     like = share_like(_protocol.abstract(batch_like), devices)
   return make, _mean_loss(loss_fn, devices), like
+
+
+def _without_batch(inner):
+  """An optimizer that was given as it is, and has a loss of whole batches."""
+  inner = optax.with_extra_args_support(inner)
+
+  def update_fn(updates, state, params=None, *, batch=None, **extra_args):
+    del batch  # A share.
+    try:
+      return inner.update(updates, state, params, **extra_args)
+    except ValueError as e:
+      if '`batch`' not in str(e):
+        raise
+      raise ValueError(
+        'what keeps batches, or has a loss of its own, is to be given as a '
+        'function inner(loss_fn, batch_like) that makes it: on several devices '
+        'a batch is a share, and the loss a mean over the devices'
+      ) from e
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
 def _whole_and_own(inner, loss_fn, devices, batch_like):
@@ -441,7 +474,8 @@ def _examples(batch_like):
   if len(sizes) > 1:
     raise ValueError(
       'every array of a batch must have a leading axis of examples (scalars '
-      f'and typed PRNG keys aside), got leading axes of {sorted(sizes)}'
+      'and typed PRNG keys, of jax.random.key, aside), got leading axes of '
+      f'{sorted(sizes)}'
     )
   return next(iter(sizes), None)
 

@@ -401,6 +401,12 @@ def checked_batch(who: str, extra_args: dict[str, Any], batch_like: Any) -> Any:
       'pass batch=... to update, and batch_like=... to every transformation '
       'around this one that delays gradients',
     )
+  check_like(who, batch, batch_like)
+  return jax.tree.map(jnp.asarray, batch)
+
+
+def check_like(who: str, batch: Any, batch_like: Any) -> None:
+  """Raises unless a batch has the structure, shapes and dtypes of another."""
   given, wanted = abstract(batch), abstract(batch_like)
   if jax.tree.structure(given) != jax.tree.structure(wanted):
     raise ValueError(
@@ -416,4 +422,3 @@ def checked_batch(who: str, extra_args: dict[str, Any], batch_like: Any) -> Any:
         f'{w.shape} and dtype {w.dtype}, but a `batch` whose leaf has shape '
         f'{g.shape} and dtype {g.dtype}; pass batches like batch_like'
       )
-  return jax.tree.map(jnp.asarray, batch)

@@ -1,6 +1,7 @@
 """An experiment: config -> data, model -> training, method by method."""
 
 import contextlib
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from gsgd_jax import (
   training,
   transformation,
 )
+from gsgd_jax._methods import nearest_multiple
 
 # What a container may take on Linux, by either version of control groups.
 _LIMITS = (
@@ -66,8 +68,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
   mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
+  _check_divides(config, named, devices.number)
   for method in named:
-    _check_divides(config, method, devices.number)
     batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
     if method.compensation is not None:
@@ -151,24 +153,39 @@ def _check_trace(config, method):
     )
 
 
-def _check_divides(config, method, devices):
+def _check_divides(config, named, devices):
   """Several devices share batches and workers equally."""
-  split = method.parallel == 'data_parallel' and config.split_batch_size
-  shared = ['split_batch_size' if split else 'batch_size']
-  kind = transformation.parallel_kind(config, method)
-  if kind == 'asynchronous':
-    shared.append('workers')
-  if kind == 'synchronous':
-    shared.append('workers' if config.wait_for is None else 'wait_for')
-  for name in shared:
-    number = config[name]
+  shared = {}
+  for method in named:
+    for name in _shared(config, method):
+      shared.setdefault(name, (config[name], method))
+  hosts, common = (
+    jax.process_count(),
+    math.gcd(*(n for n, _ in shared.values())),
+  )
+  for name, (number, method) in shared.items():
     if number % devices:
-      nearest = parallel.nearest_multiple(number, devices)
-      fewer = max(d for d in range(1, devices) if number % d == 0)
+      nearest = nearest_multiple(number, devices)
+      fewer = [
+        d for d in range(1, devices) if common % d == 0 and d % hosts == 0
+      ]
+      hint = f', or --config.devices={fewer[-1]}' if fewer else ''
       raise ValueError(
         f'{method.name}: {devices} devices cannot share {name}={number} '
-        f'equally; {nearest} would do, or --config.devices={fewer}'
+        f'equally; {nearest} would do{hint}'
       )
+
+
+def _shared(config, method):
+  """The settings that several devices share."""
+  split = method.parallel == 'data_parallel' and config.split_batch_size
+  names = ['split_batch_size' if split else 'batch_size']
+  kind = transformation.parallel_kind(config, method)
+  if kind == 'asynchronous':
+    names.append('workers')
+  if kind == 'synchronous':
+    names.append('workers' if config.wait_for is None else 'wait_for')
+  return names
 
 
 def _check_memory(config, method, state, params, room, mesh):

@@ -55,7 +55,7 @@ def watch(arguments: list[str]) -> int:
   def hand_on(number, frame):
     del frame
     asked.append(number)
-    child.send_signal(number)
+    child.send_signal(number if len(asked) == 1 else signal.SIGKILL)
 
   for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     number = getattr(signal, name, None)  # Windows lacks some.
@@ -68,14 +68,15 @@ def watch(arguments: list[str]) -> int:
     except subprocess.TimeoutExpired:
       continue
   if asked and code < 0:
+    say(f'interrupted ({signal.Signals(asked[0]).name})')
     return 130
   if code >= 0 and code != LOST:
     return code
   if code == LOST or -code == getattr(signal, 'SIGABRT', None):
     say(
       'another process of this run has gone, did not answer for '
-      f'{SILENCE_SECONDS} seconds, or did not come within {MEETING_SECONDS}; '
-      'this one ends too'
+      f'{SILENCE_SECONDS} seconds, or did not come within {MEETING_SECONDS} '
+      '(each process_id once?); this one ends too'
     )
   else:
     say(f'the process that trains was killed ({signal.Signals(-code).name})')
@@ -118,6 +119,12 @@ def join(config: ml_collections.ConfigDict) -> None:
   jax.config.update('jax_enable_preemption_service', False)
   if config.coordinator is not None:
     say(f'meeting the other processes at {config.coordinator}')
+  # It is C++ that waits: Python's own handlers would not be called.
+  before = {
+    number: signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM)
+    if signal.getsignal(number) != signal.SIG_IGN
+  }
   try:
     jax.distributed.initialize(
       config.coordinator,
@@ -127,12 +134,20 @@ def join(config: ml_collections.ConfigDict) -> None:
       heartbeat_timeout_seconds=SILENCE_SECONDS,
       shutdown_timeout_seconds=MEETING_SECONDS,
     )
-  except (RuntimeError, TypeError, ValueError) as e:
+  except RuntimeError as e:
+    raise ValueError(
+      f'process {config.process_id} cannot meet the others at '
+      f'{config.coordinator} (is the port free?): {str(e).splitlines()[0]}'
+    ) from e
+  except (TypeError, ValueError) as e:
     raise ValueError(
       'distributed needs --config.coordinator=HOST:PORT, --config.processes '
       'and --config.process_id, unless it runs on a cluster that says them: '
       + str(e).splitlines()[0]
     ) from e
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
   if config.processes not in (None, jax.process_count()):
     raise ValueError(
       f'processes={config.processes} here, but {jax.process_count()} elsewhere'
@@ -143,20 +158,17 @@ def join(config: ml_collections.ConfigDict) -> None:
 def _check_same(config):
   """Raises unless all processes have the same settings and versions."""
   import jax
-  from jax.experimental import multihost_utils
 
-  from gsgd_jax import __version__
+  from gsgd_jax import __version__, parallel
 
   same = {k: v for k, v in config.to_dict().items() if k != 'process_id'}
   text = repr((sorted(same.items()), __version__, jax.__version__))
   digest = hashlib.sha256(text.encode()).digest()[:4]
-  try:
-    multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
-  except AssertionError:
+  if not parallel.same_on_all_hosts(np.frombuffer(digest, np.uint8)):
     raise ValueError(
       'the processes of a run must have the same settings, process_id aside, '
       'and the same versions of gsgd_jax and jax'
-    ) from None
+    )
 
 
 def leave() -> None:

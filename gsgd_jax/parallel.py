@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import (
   AxisType,
   Mesh,
@@ -34,9 +35,19 @@ from jax.sharding import (
 )
 
 from gsgd_jax import _methods, _protocol, _ring, memory
-from gsgd_jax._methods import nearest_multiple as nearest_multiple
+from gsgd_jax._methods import DelayedAllReduceState
 from gsgd_jax._simultaneous import Calls
 from gsgd_jax.arrivals import ArrivalProcess, round_robin
+
+__all__ = [
+  'DelayedAllReduceState',
+  'Program',
+  'asynchronous',
+  'data_parallel',
+  'delayed_all_reduce',
+  'make_mesh',
+  'synchronous',
+]
 
 EVERYWHERE = PartitionSpec()
 
@@ -147,12 +158,14 @@ class Program(NamedTuple):
   """A training program for all devices of a mesh.
 
   Attributes:
-    init: ``init(params) -> (params, state)``, both on the devices. The state is
-      that of the namesake on one device, but for the order of the workers'
-      slots.
+    init: ``init(params) -> (params, state)``: a copy of the parameters and the
+      state, both on the devices. The state is that of the namesake on one
+      device, but for the order of the workers' slots: go on with it on as many
+      devices.
     step: ``step(params, state, batch, **extra_args) -> (params, state, loss)``;
       see who made it. To be called under ``jax.jit``, with parameters and state
-      donated.
+      donated. Extra arguments are arrays; ``value`` and ``batch`` are the
+      program's own.
     batch_sharding: ``batch_sharding(batch)``: where each of its arrays is
       expected, as ``jax.sharding.NamedSharding`` s. What is elsewhere is
       moved; on several hosts use ``jax.make_array_from_process_local_data``.
@@ -189,13 +202,17 @@ def make_mesh(
   """
   if devices is None:
     devices = device_count()
+  if isinstance(devices, np.ndarray):
+    devices = devices.ravel().tolist()
   if not isinstance(devices, Sequence):
     devices = _first(_protocol.positive_int('devices', devices))
+  if not devices:
+    raise ValueError('devices must be at least one, got none')
   return Mesh(np.array(devices), ('devices',), axis_types=(AxisType.Auto,))
 
 
 def device_count() -> int:
-  """How many devices there are, on all hosts."""
+  """How many devices there are, on all hosts (tests say otherwise)."""
   return jax.device_count()
 
 
@@ -282,14 +299,20 @@ def data_parallel(
     ...   loss_fn, batch_like=batches[0])
     >>> params, state = program.init(jnp.array(2.0))
     >>> step = jax.jit(program.step, donate_argnums=(0, 1))
-    >>> for batch in batches:
-    ...   params, state, value = step(params, state, batch)
+    >>> for batch in batches:  # Waits for each step; see docs/devices.md.
+    ...   params, state, value = jax.block_until_ready(
+    ...     step(params, state, batch))
     >>> print(state.count, 'arrivals', state.gradient_evaluations, 'gradients')
     20 arrivals 30 gradients
   """
   mesh, devices = devices_of(mesh)
   method = _methods.data_parallel(inner, loss_fn, devices, batch_like)
-  return _program(mesh, method, _in_shares, _one_call)
+
+  def check(batch, extras):
+    del extras
+    _check_like(batch, batch_like)
+
+  return _program(mesh, method, check, _in_shares, _one_call)
 
 
 def synchronous(
@@ -367,11 +390,19 @@ def synchronous(
   )
   spread = batch_like is not None and combine == 'sequential'
 
-  def calls_of(devices, batches, extras):
-    calls = _own_calls(devices, batches, extras, spread)
-    return calls, _length(batches) * devices.number
+  waited = wait_for or workers or devices.number
 
-  return _program(mesh, method, _by_call, calls_of)
+  def check(batches, extras):
+    _check_batches(batches, extras, batch_like)
+    if _length(batches) != waited:
+      raise ValueError(
+        f'a step is a whole round of {waited} batches, got {_length(batches)}'
+      )
+
+  def calls_of(devices, batches, extras):
+    return _own_calls(devices, batches, extras, spread), waited
+
+  return _program(mesh, method, check, _by_call, calls_of)
 
 
 def asynchronous(
@@ -412,8 +443,8 @@ def asynchronous(
     inner: As in :func:`data_parallel`.
     loss_fn: ``loss_fn(params, batch) -> scalar``, a mean over the examples.
     workers: How many workers, N; they must divide over the devices.
-    round_size: The most workers in a round, shared equally by the devices. A
-      device needs one copy of the parameters for each of its own. None is N.
+    round_size: The most workers in a round, shared equally by the devices; at
+      least one a device. Each needs a copy of the parameters. None is N.
     gradients_at_once: How many gradients a device takes by one ``vmap``; None
       is 8, or as many as a round has on a device. (A convolution under ``vmap``
       over parameters is slow on CPUs: let it be 1 there.)
@@ -473,7 +504,10 @@ def asynchronous(
     )
     return calls, _length(batches)
 
-  return _program(mesh, method, _everywhere, calls_of)
+  def check(batches, extras):
+    _check_batches(batches, extras, batch_like)
+
+  return _program(mesh, method, check, _everywhere, calls_of)
 
 
 def delayed_all_reduce(
@@ -505,7 +539,9 @@ def delayed_all_reduce(
   Args:
     inner: As in :func:`data_parallel`.
     loss_fn: ``loss_fn(params, batch) -> scalar``, a mean over the examples.
-    delay: Steps of delay, k, an int of at least 0; 0 is :func:`data_parallel`.
+    delay: Steps of delay, k, an int of at least 0. With 0 nothing is late, and
+      ``step`` and state are those of :func:`data_parallel` around
+      :func:`gsgd_jax.delayed`.
     batch_like: As in :func:`data_parallel`; if given, batches are forwarded.
     keep_params: As in :func:`gsgd_jax.delayed`,
     sync_cost: likewise.
@@ -528,8 +564,9 @@ def delayed_all_reduce(
     ...   keep_params=True)
     >>> params, state = program.init(jnp.array(2.0))
     >>> step = jax.jit(program.step, donate_argnums=(0, 1))
-    >>> for _ in range(3):
-    ...   params, state, values = step(params, state, jnp.zeros(8))
+    >>> for _ in range(3):  # Waits for each step; see docs/devices.md.
+    ...   params, state, values = jax.block_until_ready(
+    ...     step(params, state, jnp.zeros(8)))
     >>> print(state.server.version, 'updates')
     2 updates
 
@@ -546,7 +583,12 @@ def delayed_all_reduce(
     keep_params=keep_params,
     sync_cost=sync_cost,
   )
-  return _program(mesh, method, _in_shares, _one_call)
+
+  def check(batch, extras):
+    del extras
+    _check_like(batch, batch_like)
+
+  return _program(mesh, method, check, _in_shares, _one_call)
 
 
 def _in_shares(devices, batch):
@@ -584,19 +626,44 @@ def _own_calls(devices, batches, extras, spread):
   )
 
 
+def _check_like(batch, batch_like):
+  if batch_like is not None:
+    _protocol.check_like('the program', batch, batch_like)
+
+
+def _check_batches(batches, extras, batch_like):
+  """Raises unless batches and extra arguments have one axis of calls."""
+  number = _length(batches)
+  one = lambda tree: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree
+  )
+  if batch_like is not None:
+    _protocol.check_like('the program', one(batches), batch_like)
+  for name, extra in extras.items():
+    for x in jax.tree.leaves(extra):
+      if not x.ndim or len(x) != number:
+        raise ValueError(
+          f'the extra argument {name} must have a leading axis of {number} '
+          f'calls, as the batches have, got shape {x.shape}'
+        )
+
+
 def _length(batches):
-  sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batches)}
-  if len(sizes) != 1:
+  """How many calls batches are for."""
+  shapes = [x.shape for x in jax.tree.leaves(batches)]
+  lengths = {shape[0] if shape else 0 for shape in shapes}
+  if len(lengths) != 1 or 0 in lengths:
     raise ValueError(
-      'every array of batches must have one leading axis of calls, got axes of '
-      f'{sorted(sizes)}'
+      'every array of batches must have the same leading axis, of at least one '
+      f'call, got shapes {_protocol.in_a_line(shapes)}'
     )
-  return sizes.pop()
+  return lengths.pop()
 
 
-def _program(mesh, method, specs_of, calls_of):
+def _program(mesh, method, check, specs_of, calls_of):
   """The program of a method.
 
+  `check(batch, extras)` raises where they are not as they should be,
   `specs_of(devices, batch)` says where the arrays of a batch are expected,
   `calls_of(devices, batch, extras)` what calls it makes on a device and how
   many (None: one, without an axis).
@@ -605,12 +672,14 @@ def _program(mesh, method, specs_of, calls_of):
 
   def init(params):
     specs = state_specs(method, params)
-    params = placed(mesh, params, EVERYWHERE)
+    # Copies: parameters are donated, and the caller's stay.
+    params = placed(mesh, jax.tree.map(jnp.copy, params), EVERYWHERE)
     state = jax.jit(method.init, out_shardings=shardings(mesh, specs))(params)
     return params, state
 
   def step(params, state, batch, **extra_args):
     batch, extra_args = jax.tree.map(jnp.asarray, (batch, extra_args))
+    check(batch, extra_args)
     specs = (
       EVERYWHERE,
       state_specs(method, params),
@@ -690,6 +759,15 @@ def of_host(mesh: Mesh, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
   return jax.make_array_from_callback(
     array.shape, NamedSharding(mesh, spec), lambda index: array[index]
   )
+
+
+def same_on_all_hosts(values: np.ndarray) -> bool:
+  """Whether all hosts call this with the same values."""
+  try:
+    multihost_utils.assert_equal(values)
+  except AssertionError:
+    return False
+  return True
 
 
 def everywhere(mesh: Mesh, tree: Any) -> Any:

@@ -192,7 +192,7 @@ def parallel_kind(
   devices are workers; ``delayed``: a delayed all-reduce; ``data_parallel``:
   every batch is split.
   """
-  # Who waits for others takes part in no rounds.
+  # Who waits for others takes part in no rounds, nor does one alone.
   no_rounds = config.workers == 1 or config.max_ahead is not None
   name = method.parallel
   split = name == 'sequential' or (name == 'asynchronous' and no_rounds)

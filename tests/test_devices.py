@@ -3,7 +3,6 @@
 import re
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 
@@ -11,8 +10,7 @@ from gsgd_jax import events, experiment, settings
 
 # Methods, and what else they are about.
 CASES = {
-  'sequential': {},
-  'sequential+consistent': {},
+  'sequential': dict(optimizer='adam'),
   'data_parallel': dict(split_batch_size=32),
   'asynchronous': dict(workers=16),
   'asynchronous+consistent': dict(arrivals='gamma', machine_cv=0.5),
@@ -20,7 +18,6 @@ CASES = {
   'asynchronous+dana': dict(
     compensation_kwargs=dict(learning_rate=0.01), arrivals='exponential'
   ),
-  'asynchronous+dana_slim': dict(compensation_kwargs=dict(learning_rate=0.01)),
   'asynchronous+delay_compensation+consistent': dict(revisit=0),
   'asynchronous+exact_delay_compensation': dict(overwrite_within=0.01),
   'asynchronous+rennala+consistent': dict(
@@ -33,6 +30,7 @@ CASES = {
   'synchronous+hardest': dict(combine='mean', window=3),
   'delayed+consistent': dict(delay=3),
   'delayed+delay_compensation': dict(delay=5),
+  'delayed': dict(delay=0),
 }
 
 
@@ -107,7 +105,6 @@ def test_divergence_names_seed_and_step(as_users_run_it):
 
 def test_all_devices_are_used(monkeypatch):
   """Unless `devices` says how many."""
-  assert isinstance(settings.default_config(), ml_collections.ConfigDict)
   meshes = []
   monkeypatch.setattr('gsgd_jax.parallel.device_count', jax.device_count)
   monkeypatch.setattr(
@@ -134,19 +131,25 @@ def test_all_devices_are_used(monkeypatch):
       'asynchronous',
       dict(workers=10),
       'asynchronous: 8 devices cannot share workers=10 equally; 8 would do, or '
-      '--config.devices=5',
+      '--config.devices=2',
     ),
     (
       'synchronous',
       dict(wait_for=7),
       'synchronous: 8 devices cannot share wait_for=7 equally; 8 would do, or '
-      '--config.devices=7',
+      '--config.devices=1',
     ),
     (
       'data_parallel',
       dict(split_batch_size=36),
       'data_parallel: 8 devices cannot share split_batch_size=36 equally; 40 '
       'would do, or --config.devices=6',
+    ),
+    (
+      'asynchronous',
+      dict(workers=10, batch_size=4),
+      'asynchronous: 8 devices cannot share batch_size=4 equally; 8 would do, '
+      'or --config.devices=2',
     ),
     (
       'sequential',

@@ -202,6 +202,18 @@ def test_numbers_that_the_cluster_says(tmp_path):
   assert result['processes'] == 2
 
 
+def test_who_waits_for_the_others_can_be_interrupted(tmp_path):
+  with Pair(tmp_path) as pair:
+    pair.processes[1].kill()
+    line = pair.processes[0].stderr.readline()
+    assert 'meeting the other processes' in line
+    time.sleep(2)
+    pair.processes[0].send_signal(signal.SIGINT)
+    code, _, err = pair.end_of(0, 20)
+  assert code == 130
+  assert err == 'train.py: interrupted (SIGINT)\n'
+
+
 def test_different_settings(tmp_path):
   own = (['--config.updates=10'], ['--config.updates=20'])
   with Pair(tmp_path, own=own) as pair:

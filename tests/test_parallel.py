@@ -1,5 +1,6 @@
 """Every way to use devices against its namesake on one, and the oracle."""
 
+import pathlib
 import re
 import types
 
@@ -11,8 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import gsgd_jax
-from benchmarks import overlap
-from benchmarks import parallel as benchmark
+from benchmarks import hlo
 from gsgd_jax import parallel, worker_params
 from tests import helpers, reference
 from tests.test_arrivals import table
@@ -360,14 +360,14 @@ def of_all_devices(state, devices):
   return server._replace(in_flight=jax.tree.map(enter, rings, latest))
 
 
-def assert_same_state(mode, state, alone, devices):
+def assert_same_state(mode, state, expected, devices):
   """All of it, but for the order of examples in a mean's joined batches."""
   if isinstance(mode, Delayed):
     state = of_all_devices(state, devices)
   if isinstance(mode, Rounds):
     state = in_order_of_workers(state, devices)
   ours = jax.tree_util.tree_leaves_with_path(state)
-  theirs = jax.tree_util.tree_leaves_with_path(alone)
+  theirs = jax.tree_util.tree_leaves_with_path(expected)
   for (path, x), (other, y) in zip(ours, theirs, strict=True):
     assert path == other
     name = jax.tree_util.keystr(path)
@@ -393,8 +393,23 @@ CASES = [
 
 
 def meshes_of(case):
-  """Two meshes of five, so that every mode sees all of them."""
-  return MESHES[case % 5], MESHES[(case + 2) % 5]
+  """So many meshes that every mode, guided or not, sees all of them."""
+  alike = [other for other in CASES if other[::2] == case[::2]]
+  share = -(-len(MESHES) // len(alike))
+  first = alike.index(case) * share
+  return [MESHES[(first + i) % len(MESHES)] for i in range(share)]
+
+
+def test_every_mode_sees_every_mesh():
+  for mode in MODES:
+    for guided in (False, True):
+      seen = [
+        m
+        for case in CASES
+        if case[::2] == (mode, guided)
+        for m in meshes_of(case)
+      ]
+      assert {*seen} == {*MESHES}
 
 
 @pytest.mark.parametrize('case', CASES, ids=str)
@@ -407,18 +422,18 @@ def test_as_on_one_device(case):
   make = library_server(name, guided, mode.workers)
   inside = make(problem.loss_fn, mode.joined(problem.batch_like))
   tx = mode.namesake(inside, problem)
-  flat, alone, values = run_alone(mode, tx, problem, guided)
+  flat, theirs, values = run_alone(mode, tx, problem, guided)
   helpers.assert_trajectory(flat[mode.first_update :], expected)
   if guided:
     assert server.replayed and any(server.replayed)
     assert min(server.margins) > 1e-9  # No ties that rounding decides.
   ends = np.cumsum(mode.chunks) - 1
-  for number, kind in meshes_of(CASES.index(case)):
+  for number, kind in meshes_of(case):
     program = mode.program(make, problem, mesh_of(number, kind))
     trajectory, state, losses = run(mode, program, problem, guided)
     helpers.assert_trajectory(trajectory, list(flat[ends]))
     np.testing.assert_allclose(losses, values, rtol=1e-9, atol=1e-9)
-    assert_same_state(mode, state, alone, number)
+    assert_same_state(mode, state, theirs, number)
 
 
 # What the choice of rounds, of chunks and of precision does: nothing.
@@ -436,6 +451,22 @@ def draw(calls, examples, dtype=np.float64, seed=0):
   inputs = rng.normal(size=(calls, examples, 3)).astype(dtype)
   labels = rng.choice([-1.0, 1.0], size=(calls, examples)).astype(dtype)
   return inputs, labels
+
+
+def alone(tx, start, batches):
+  """Parameters, state and losses by the namesake on one device."""
+
+  def body(carry, batch):
+    params, state = carry
+    value, grads = jax.value_and_grad(loss_of)(
+      worker_params(params, state), batch
+    )
+    updates, state = tx.update(grads, state, params, value=value, batch=batch)
+    return (optax.apply_updates(params, updates), state), value
+
+  run = lambda carry: jax.lax.scan(body, carry, batches)
+  (params, state), values = jax.jit(run)((start, tx.init(start)))
+  return params, state, values
 
 
 def go(program, start, batches, chunks, **extras):
@@ -476,23 +507,10 @@ def test_rounds_and_chunks_change_nothing(number, options, chunks):
   make = lambda loss_fn, like: gsgd_jax.guided(
     optax.adam(0.01), loss_fn, window=4, batch_like=like
   )
-  alone = gsgd_jax.asynchronous(make(loss_of, like), 12, **cluster)
-
-  def body(carry, batch):
-    params, state = carry
-    value, grads = jax.value_and_grad(loss_of)(
-      worker_params(params, state), batch
-    )
-    with jax.numpy_dtype_promotion('standard'):  # optax's Adam.
-      updates, state = alone.update(
-        grads, state, params, value=value, batch=batch
-      )
-    return (optax.apply_updates(params, updates), state), value
-
+  tx = gsgd_jax.asynchronous(make(loss_of, like), 12, **cluster)
   start = jnp.ones([3])
-  (expected, theirs), values = jax.jit(
-    lambda carry: jax.lax.scan(body, carry, batches)
-  )((start, alone.init(start)))
+  with jax.numpy_dtype_promotion('standard'):  # optax's Adam.
+    expected, theirs, values = alone(tx, start, batches)
   assert theirs.overwritten > 3
   program = parallel.asynchronous(
     make, loss_of, 12, mesh=mesh_of(number), **cluster, **options
@@ -511,17 +529,8 @@ def test_rounds_and_chunks_change_nothing(number, options, chunks):
 def test_float32(as_users_run_it):
   batches = draw(110, 8, np.float32)
   tx = gsgd_jax.asynchronous(optax.sgd(0.1, momentum=0.5), 8)
-
-  def body(carry, batch):
-    params, state = carry
-    grads = jax.grad(loss_of)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), None
-
   start = jnp.ones([3])
-  (expected, _), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, batches))(
-    (start, tx.init(start))
-  )
+  expected, _, _ = alone(tx, start, batches)
   for number in (1, 8):
     program = parallel.asynchronous(
       optax.sgd(0.1, momentum=0.5), loss_of, 8, mesh=mesh_of(number)
@@ -537,17 +546,8 @@ def test_the_end_of_a_trace():
   trace = gsgd_jax.recorded_arrivals(order)
   batches = draw(30, 4)
   tx = gsgd_jax.asynchronous(optax.sgd(0.1), 4, arrivals=trace)
-
-  def body(carry, batch):
-    params, state = carry
-    grads = jax.grad(loss_of)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), None
-
   start = jnp.ones([3])
-  (expected, theirs), _ = jax.jit(
-    lambda carry: jax.lax.scan(body, carry, batches)
-  )((start, tx.init(start)))
+  expected, theirs, _ = alone(tx, start, batches)
   program = parallel.asynchronous(
     optax.sgd(0.1), loss_of, 4, arrivals=trace, mesh=mesh_of(2)
   )
@@ -647,9 +647,9 @@ def test_a_gradient_crosses_once():
   )
   args = (*program.init(start), jnp.zeros([32, 1000]))
   text = jax.jit(program.step).lower(*args).compile().as_text()
-  found = benchmark.collectives(text)
+  found = hlo.collectives(text)
   # The other one is the losses of the chunk.
-  assert sorted(map(sum, found.values())) == [32 * 8, start.nbytes]
+  assert sorted(found.values()) == [32 * 8, start.nbytes]
 
 
 def test_the_delayed_sum_waits_for_nothing():
@@ -667,7 +667,7 @@ def test_the_delayed_sum_waits_for_nothing():
     args = (*program.init(start), batch)
     step = jax.jit(program.step, donate_argnums=(0, 1))
     text = step.lower(*args).compile().as_text()
-    assert overlap.products_before_collectives(text) == [products]
+    assert hlo.products_before_collectives(text) == [products]
     assert not re.search(rf'f64\[{delay + 1},64,64\].* copy\(', text)
 
 
@@ -715,7 +715,8 @@ def test_the_delayed_sum_waits_for_nothing():
         batch_like=(jnp.zeros([8, 3]), jnp.zeros([4])),
       ),
       'every array of a batch must have a leading axis of examples (scalars '
-      'and typed PRNG keys aside), got leading axes of [4, 8]',
+      'and typed PRNG keys, of jax.random.key, aside), got leading axes of '
+      '[4, 8]',
     ),
     (
       lambda mesh: parallel.data_parallel(
@@ -752,8 +753,107 @@ def test_a_batch_that_does_not_divide():
 def test_batches_of_different_lengths():
   program = parallel.asynchronous(optax.sgd(0.1), loss_of, 4, mesh=mesh_of(4))
   params, state = program.init(jnp.ones([3]))
-  with pytest.raises(ValueError, match='one leading axis of calls'):
+  with pytest.raises(ValueError, match='the same leading axis'):
     program.step(params, state, (jnp.ones([6, 4, 3]), jnp.ones([5, 4])))
+
+
+@pytest.mark.parametrize('number', [1, 8])
+def test_what_keeps_batches_is_made_by_a_function(number):
+  """Given as it is it would see shares, and sum gradients over devices."""
+  batches = draw(16, 8)
+  like = jax.tree.map(lambda x: x[0], batches)
+  for inner in (
+    optax.chain(gsgd_jax.exact_delay_compensation(loss_of), optax.sgd(0.1)),
+    gsgd_jax.guided(optax.sgd(0.1), loss_of, batch_like=like),
+  ):
+    program = parallel.asynchronous(
+      inner,
+      loss_of,
+      8,
+      batch_like=like,
+      keep_params=True,
+      mesh=mesh_of(number),
+    )
+    params, state = program.init(jnp.ones([3]))
+    with pytest.raises(ValueError, match=r'inner\(loss_fn, batch_like\)'):
+      program.step(params, state, batches)
+
+
+@pytest.mark.parametrize('calls', [2, 4, 6, 16])
+def test_a_step_is_a_whole_round(calls):
+  program = parallel.synchronous(optax.sgd(0.1), loss_of, 8, mesh=mesh_of(4))
+  params, state = program.init(jnp.ones([3]))
+  with pytest.raises(
+    ValueError, match=f'whole round of 8 batches, got {calls}'
+  ):
+    program.step(params, state, draw(calls, 4))
+
+
+def test_batches_unlike_batch_like():
+  like = jax.tree.map(lambda x: x[0], draw(1, 16))
+  for make, calls in ((parallel.asynchronous, 20), (parallel.synchronous, 8)):
+    program = make(optax.sgd(0.1), loss_of, 8, batch_like=like, mesh=mesh_of(8))
+    params, state = program.init(jnp.ones([3]))
+    with pytest.raises(ValueError, match=r'of shape \(16, 3\) and dtype'):
+      program.step(params, state, draw(calls, 12))
+  program = parallel.data_parallel(
+    optax.sgd(0.1), loss_of, batch_like=like, mesh=mesh_of(8)
+  )
+  params, state = program.init(jnp.ones([3]))
+  with pytest.raises(ValueError, match=r'of shape \(16, 3\) and dtype'):
+    program.step(params, state, jax.tree.map(lambda x: x[0], draw(1, 8)))
+
+
+@pytest.mark.parametrize('extra', [np.zeros(3), np.float64(1)], ids=['3', '1'])
+def test_extra_arguments_of_another_length(extra):
+  for make, calls in ((parallel.asynchronous, 20), (parallel.synchronous, 8)):
+    program = make(optax.sgd(0.1), loss_of, 8, mesh=mesh_of(8))
+    params, state = program.init(jnp.ones([3]))
+    with pytest.raises(
+      ValueError, match=f'foo must have a leading axis of {calls}'
+    ):
+      program.step(params, state, draw(calls, 8), foo=extra)
+
+
+def test_one_worker_and_no_delay_split_every_batch():
+  """They are their namesakes: no ring, no round."""
+  batches, start = draw(12, 8), jnp.ones([3])
+  sgd = optax.chain(gsgd_jax.delay_compensation(), optax.sgd(0.1))
+  expected, _, values = alone(
+    gsgd_jax.asynchronous(sgd, 1, keep_params=True), start, batches
+  )
+  program = parallel.asynchronous(
+    sgd, loss_of, 1, keep_params=True, mesh=mesh_of(8)
+  )
+  params, state, losses = go(program, start, batches, (5, 7))
+  np.testing.assert_allclose(params, expected, rtol=1e-9)
+  np.testing.assert_allclose(losses, values, rtol=1e-9)
+  program = parallel.delayed_all_reduce(
+    sgd, loss_of, 0, keep_params=True, mesh=mesh_of(8)
+  )
+  step = jax.jit(program.step)
+  params, state = program.init(start)
+  for t in range(12):
+    batch = tuple(x[t] for x in batches)
+    params, state, _ = jax.block_until_ready(step(params, state, batch))
+  np.testing.assert_allclose(params, expected, rtol=1e-9)
+  assert gsgd_jax.simulated_time(jax.device_get(state)) == 12
+
+
+def test_the_callers_parameters_stay():
+  start = jnp.ones([3])
+  program = parallel.data_parallel(optax.sgd(0.1), loss_of, mesh=mesh_of(1))
+  step = jax.jit(program.step, donate_argnums=(0, 1))
+  for _ in range(2):
+    step(*program.init(start), jax.tree.map(lambda x: x[0], draw(1, 8)))
+
+
+def test_nobody_else_names_a_collective():
+  names = r'\blax\.(p\w*(sum|mean|max|min|cast)|all_\w+|axis_index)\b'
+  names += r'|multihost_utils|PartitionSpec|\bjax\.shard_map\('
+  for path in pathlib.Path(gsgd_jax.__file__).parent.glob('*.py'):
+    named = re.search(names, path.read_text())
+    assert bool(named) == (path.name == 'parallel.py'), (path, named)
 
 
 def test_keys_and_scalars_in_a_batch():

@@ -19,43 +19,35 @@ DEVICES = (ROOT / 'docs' / 'devices.md').read_text()
 CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
 
 
-def test_the_example_runs_as_printed():
-  (code,) = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
+def printed_by(text, name):
+  """What the Python of a text prints."""
+  blocks = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
   printed = io.StringIO()
   with (
     jax.enable_x64(False),
     jax.numpy_dtype_promotion('standard'),
     contextlib.redirect_stdout(printed),
   ):
-    exec(compile(code, 'README.md', 'exec'), {})
-  loss = float(re.match(r'loss (\S+), last replayed', printed.getvalue())[1])
+    exec(compile('\n'.join(blocks), name, 'exec'), {})
+  return printed.getvalue()
+
+
+def test_the_example_runs_as_printed():
+  printed = printed_by(README, 'README.md')
+  loss = float(re.match(r'loss (\S+), last replayed', printed)[1])
   assert loss < 0.1  # From 5.25.
 
 
 def test_the_guide_to_clusters_runs(tmp_path, monkeypatch):
   monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-  blocks = re.findall(r'```python\n(.*?)```', CLUSTERS, flags=re.DOTALL)
-  printed = io.StringIO()
-  with (
-    jax.enable_x64(False),
-    jax.numpy_dtype_promotion('standard'),
-    contextlib.redirect_stdout(printed),
-  ):
-    exec(compile('\n'.join(blocks), 'clusters.md', 'exec'), {})
-  lines = printed.getvalue().splitlines()
+  printed = printed_by(CLUSTERS, 'clusters.md')
+  lines = printed.splitlines()
   assert len(lines) == 3 and lines[0].startswith('staleness 6.')
 
 
 def test_the_guide_to_compensations_runs():
-  blocks = re.findall(r'```python\n(.*?)```', COMPENSATION, flags=re.DOTALL)
-  printed = io.StringIO()
-  with (
-    jax.enable_x64(False),
-    jax.numpy_dtype_promotion('standard'),
-    contextlib.redirect_stdout(printed),
-  ):
-    exec(compile('\n'.join(blocks), 'compensation.md', 'exec'), {})
-  losses = re.findall(r'(.*): loss (\S+)\n', printed.getvalue())
+  printed = printed_by(COMPENSATION, 'compensation.md')
+  losses = re.findall(r'(.*): loss (\S+)\n', printed)
   assert len(losses) == 5
   for name, loss in losses:
     assert float(loss) < 0.5, name  # From 5.25.
@@ -64,15 +56,8 @@ def test_the_guide_to_compensations_runs():
 @pytest.mark.parametrize('number', [1, 8])
 def test_the_guide_to_devices_runs(number, monkeypatch):
   monkeypatch.setattr(parallel, 'device_count', lambda: number)
-  blocks = re.findall(r'```python\n(.*?)```', DEVICES, flags=re.DOTALL)
-  printed = io.StringIO()
-  with (
-    jax.enable_x64(False),
-    jax.numpy_dtype_promotion('standard'),
-    contextlib.redirect_stdout(printed),
-  ):
-    exec(compile('\n'.join(blocks), 'devices.md', 'exec'), {})
-  losses = re.findall(r'(.*): loss (\S+)\n', printed.getvalue())
+  printed = printed_by(DEVICES, 'devices.md')
+  losses = re.findall(r'(.*): loss (\S+)\n', printed)
   assert len(losses) == 4
   for name, loss in losses:
     assert float(loss) < 0.1, name  # From 5.25.
