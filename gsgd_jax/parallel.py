@@ -594,8 +594,9 @@ def delayed_all_reduce(
 def _in_shares(devices, batch):
   """Every device has a share."""
   _methods.share_like(_protocol.abstract(batch), devices)  # Checks it.
+  share = PartitionSpec(devices.axis)
   return jax.tree.map(
-    lambda x: PartitionSpec(*[devices.axis] * _methods.is_split(x)), batch
+    lambda x: share if _methods.is_split(x) else EVERYWHERE, batch
   )
 
 
