@@ -264,11 +264,6 @@ def asynchronous(
   own = staleness.asynchronous_server(
     make(own_loss, own_like), workers, batch_like=own_like, **options
   )
-  if whole.max_ahead is not None:
-    raise ValueError(
-      'max_ahead lets workers wait for one another, and rounds are of workers '
-      'that do not; use data_parallel(asynchronous(..., max_ahead=...))'
-    )
   if whole.alone:
     return data_parallel(
       lambda loss_fn, like: staleness.asynchronous(
