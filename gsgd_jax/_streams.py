@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gsgd_jax import _prepared, data
+from gsgd_jax import _prepared, batches
 
 _CHUNK = 64  # Images that a thread decodes in turn.
 _BUFFER = 2**28  # Bytes of images that a stream reads ahead.
@@ -109,7 +109,7 @@ class Streamed:
 
     Returns:
       A ``Stream``, whose batch of a step holds the records
-      ``rows[data.batch_rows(n, batch_size, seed, step)]``.
+      ``rows[batches.batch_rows(n, batch_size, seed, step)]``.
 
     Raises:
       ValueError: `batch_size` is out of range.
@@ -217,7 +217,7 @@ class _Batches(NamedTuple):
     return 2**31
 
   def __getitem__(self, step):
-    rows = data.batch_rows(len(self.rows), self.batch_size, self.seed, step)
+    rows = batches.batch_rows(len(self.rows), self.batch_size, self.seed, step)
     return tuple(self.images.gather(self.rows[rows]))
 
 
