@@ -54,7 +54,7 @@ def prepare(
     label: The target's feature; None: a ClassLabel of ten classes.
     keys: The supervised keys, or None.
     png: Whether the inputs are written as PNG files.
-    shards: Files a split.
+    shards: Files a split, where it has as many examples.
     config: The configuration's name, or None.
     version: The version's.
 
@@ -88,6 +88,7 @@ def prepare(
         yield i, {'image': _png(x) if png else x, 'label': y}
 
   Builder.name = name
+  shards = min(shards, *(len(labels) for _, labels in splits.values()))
   with warnings.catch_warnings(action='ignore'):
     builder = Builder(data_dir=str(folder), file_format='array_record')
     builder.download_and_prepare(
