@@ -8,7 +8,6 @@ import io
 import warnings
 
 import numpy as np
-import sklearn.datasets
 
 TRAIN = 1400  # Of the 1,797 digits; the others are for testing.
 
@@ -16,6 +15,8 @@ TRAIN = 1400  # Of the 1,797 digits; the others are for testing.
 @functools.cache
 def digits():
   """(inputs, labels): uint8 of shape (1797, 8, 8, 1), and int32."""
+  import sklearn.datasets
+
   bunch = sklearn.datasets.load_digits()
   inputs = (bunch.images * 255 / 16).round().astype(np.uint8)[..., None]
   return inputs, bunch.target.astype(np.int32)
