@@ -174,6 +174,11 @@ def _classes(prepared, shape):
       f'is {_described(feature)}'
     )
   if getattr(feature, 'num_classes', None):
+    if feature.num_classes < 2:
+      raise ValueError(
+        f'{name} holds one class only ({feature.int2str(0)}); classification '
+        'needs two or more'
+      )
     return range(feature.num_classes)
   train = Streamed(prepared, prepared.train, shape, {})
   classes = np.unique(train.labels_of(range(train.examples))).tolist()
