@@ -180,7 +180,7 @@ def _finish(config, workdir, results, ended_by):
     say(f'train.py: cannot go on: {_reason(ended_by.error)}', sys.stderr)
   if workdir is None:
     return code
-  say('\n' + report.table(histories))
+  say('\n' + report.table(histories, losses=config.model == 'gpt'))
   said = report.sentences(config, histories)
   if said:
     say('\n' + '\n'.join(said))

@@ -40,7 +40,7 @@ def batch_rows(
   return order[position * batch_size : (position + 1) * batch_size]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def _epoch_order(examples, seed, epoch):
   order = np.random.default_rng([seed, _BATCH, epoch]).permutation(examples)
   return order.astype(np.int32)

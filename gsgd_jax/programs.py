@@ -173,7 +173,7 @@ class Feed:
   ):
     self._datasets = datasets
     self._keyed = keyed
-    self._room = padded(config, datasets[0])
+    self.room = padded(config, datasets[0])
     self._filling = transformation.filling_calls(config, method)
     self._size = transformation.batch_size(config, method)
     self._samples = bool(
@@ -193,6 +193,11 @@ class Feed:
     ]
     return jax.tree.map(lambda *rows: np.stack(rows), *of_seeds)
 
+  def close(self) -> None:
+    """Streams read ahead no more."""
+    for stream in self._streams:
+      stream.close()
+
   def _of_seed(self, seed, first_call, length):
     dataset, calls = (
       self._datasets[seed],
@@ -205,7 +210,7 @@ class Feed:
         (i, rows_of(c - offset)) for i, c in enumerate(calls) if c >= offset
       ]
       like = rows[0][1] if rows else rows_of(0)
-      stacked = np.zeros([self._room, *like.shape], like.dtype)
+      stacked = np.zeros([self.room, *like.shape], like.dtype)
       for i, row in rows:
         stacked[i] = row
       return stacked
@@ -227,7 +232,7 @@ class Feed:
     """The examples of a chunk, likewise padded."""
     taken = data.Examples(*stream.take(first_call, length))
     pad = lambda x: np.concatenate(
-      [x, np.zeros([self._room - length, *x.shape[1:]], x.dtype)]
+      [x, np.zeros([self.room - length, *x.shape[1:]], x.dtype)]
     )
     return jax.tree.map(pad, taken)
 

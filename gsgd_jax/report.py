@@ -125,10 +125,12 @@ def _comparable(history):
   return history.status in ('completed', 'stopped_early')
 
 
-def table(histories: dict[str, events.History]) -> str:
-  """The comparison, one line a method."""
+def table(histories: dict[str, events.History], losses: bool = False) -> str:
+  """The comparison, one line a method; with test losses, as text wants."""
   baseline = _baseline(histories)
   head = ['method', 'test accuracy, %', 'chosen by validation']
+  if losses:
+    head.append('test loss, nats')
   if baseline is not None:
     head.append(f'less {histories[baseline].method.label}, paired')
   head += ['updates', 'gradient evaluations', 'simulated time', 'status']
@@ -139,6 +141,8 @@ def table(histories: dict[str, events.History]) -> str:
       accuracy = _accuracy(history, by)
       shown = accuracy is not None and history.status != 'diverged'
       row.append(str(interval(accuracy)) if shown else '-')
+    if losses:
+      row.append(str(interval(history.test_loss[-1])) if shown else '-')
     if baseline is not None:
       difference = _difference(histories, name, baseline)
       row.append('' if difference is None else _signed(difference))

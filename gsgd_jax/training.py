@@ -59,33 +59,33 @@ def train(
   """
   filling = transformation.filling_calls(config, method)
   of_method = programs.make(config, method, task, datasets, mesh)
-  feed = programs.Feed(config, method, datasets, task.keyed)
-  room = programs.padded(config, datasets[0])
   carry = of_method.init(np.arange(config.seeds), params)
   reports = _Reports(config, method, datasets, filling)
   pace = _Pace()
   waiting = None
-  for first, length, ends in _chunks(config, filling, pace, room):
-    rows, proposed = of_method.placed(feed.rows(first, length), pace.own)
-    with _traced(profile_to if first == 1 else None) as wait_for:
-      carry, totals, evaluated = of_method.advance(
-        carry, arrays, rows, length, proposed
-      )
-      wait_for(totals)
-    _wait_on_cpus(mesh, totals)
-    measured = of_method.measure(evaluated, arrays) if ends else None
-    _wait_on_cpus(mesh, measured)
-    pace.dispatched()
-    # The host turns to the chunk before while this one is computed.
-    if waiting is not None:
-      yield from reports.of(*waiting)
-      pace.finished(waiting[1], waiting[2].pace)
-      if reports.finished:
-        return
-    waiting = (first + length, length, totals, measured)
-  yield from reports.of(*waiting)
-  if not reports.finished:
-    yield events.Finished(method, 'completed', None)
+  feed = programs.Feed(config, method, datasets, task.keyed)
+  with contextlib.closing(feed):
+    for first, length, ends in _chunks(config, filling, pace, feed.room):
+      rows, proposed = of_method.placed(feed.rows(first, length), pace.own)
+      with _traced(profile_to if first == 1 else None) as wait_for:
+        carry, totals, evaluated = of_method.advance(
+          carry, arrays, rows, length, proposed
+        )
+        wait_for(totals)
+      _wait_on_cpus(mesh, totals)
+      measured = of_method.measure(evaluated, arrays) if ends else None
+      _wait_on_cpus(mesh, measured)
+      pace.dispatched()
+      # The host turns to the chunk before while this one is computed.
+      if waiting is not None:
+        yield from reports.of(*waiting)
+        pace.finished(waiting[1], waiting[2].pace)
+        if reports.finished:
+          return
+      waiting = (first + length, length, totals, measured)
+    yield from reports.of(*waiting)
+    if not reports.finished:
+      yield events.Finished(method, 'completed', None)
 
 
 def _wait_on_cpus(mesh, arrays):

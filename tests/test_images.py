@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gsgd_jax import _streams, data, images
+from gsgd_jax import _streams, batches, images
 from tests import tfds_digits
 from tests.tfds_digits import TRAIN, prepare
 
@@ -161,7 +161,7 @@ def test_real_sets_with_made_up_images(name):
   assert len(read.classes) == 10
   assert read.train.inputs.shape == (30, *read.shape)
   assert set(read.train.labels) <= set(range(10))
-  rows = data.batch_rows(30, 10, 0, 1)
+  rows = batches.batch_rows(30, 10, 0, 1)
   np.testing.assert_array_equal(batch.inputs[0], read.train.inputs[rows])
 
 
@@ -262,7 +262,7 @@ def expected(memory, rows, batch_size, seed, steps):
   """The batches of these steps, from memory."""
   return memory.train.gather(
     np.stack(
-      [rows[data.batch_rows(len(rows), batch_size, seed, s)] for s in steps]
+      [rows[batches.batch_rows(len(rows), batch_size, seed, s)] for s in steps]
     )
   )
 
@@ -322,7 +322,7 @@ def test_a_step_that_failed_can_be_taken_again(digits_dir, monkeypatch):
   rows = np.arange(TRAIN)
   stream = streamed.train.batches(rows, 16, seed=0)
   record = streamed.train._record
-  failing = int(data.batch_rows(TRAIN, 16, 0, 5)[3])
+  failing = int(batches.batch_rows(TRAIN, 16, 0, 5)[3])
 
   def once(row):
     nonlocal failing
