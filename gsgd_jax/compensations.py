@@ -184,12 +184,20 @@ def parts_of(name: str, given: dict[str, Any], cluster: Cluster) -> Parts:
     return parts
   momentum = arguments.get('momentum', parameters['momentum'].default)
   parts = parts._replace(replay_weight=1 / (1 - momentum))
+  if name == 'dana_dc':  # What is between the two, weight decay, is seen so.
+    lam = arguments.pop('lam', parameters['lam'].default)
+    return parts._replace(
+      correction=gsgd_jax.delay_compensation(lam),
+      optimizer=_maker('dana', arguments),
+    )
   if name != 'dana_slim':
     return parts
   transform = optax.trace(momentum, nesterov=True)
   if cluster.own_transform:
     return parts._replace(worker_transform=transform)
-  return parts._replace(correction=transform)
+  return parts._replace(
+    optimizer=lambda rate: optax.chain(transform, make(rate))
+  )
 
 
 def _arguments(name, given, parameters, cluster):

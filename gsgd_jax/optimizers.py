@@ -300,16 +300,22 @@ def check_rates(name: str, rate: Any, arrivals: int) -> None:
 def with_value_fn(
   inner: optax.GradientTransformation,
   loss_fn: Callable[[optax.Params, Any], jax.Array],
+  weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Hands `inner` the loss of the *arrived* batch as a function.
+  r"""Hands `inner` the loss of the *arrived* batch as a function.
 
   For line searches (``value_fn`` of ``optax.lbfgs``) and curvature (``obj_fn``
   of ``optax.contrib.sophia``). They evaluate it at the server's parameters;
   ``value`` remains the loss where the gradient was taken.
 
+  Where the gradients that arrive are of a loss with weight decay, so is what is
+  handed on: :math:`\lambda \|w\|^2 / 2` is added, to ``value`` that of the
+  server's parameters.
+
   Args:
     inner: Any optimizer.
     loss_fn: ``loss_fn(params, batch) -> scalar``.
+    weight_decay: :math:`\lambda`, at least 0.
 
   Returns:
     A transformation that wants the extra arguments ``value`` and ``batch``, and
@@ -317,12 +323,18 @@ def with_value_fn(
   """
   inner = optax.with_extra_args_support(inner)
 
+  def penalty(params):
+    return weight_decay / 2 * optax.tree.norm(params, squared=True)
+
   def update_fn(
     updates, state, params=None, *, value, batch, arrival=None, **extra_args
   ):
     # optax's line searches refuse extra arguments that they do not know.
     del extra_args
     fn = lambda params, obj_fn=None: loss_fn(params, batch)
+    if weight_decay:
+      fn = lambda params, obj_fn=None: loss_fn(params, batch) + penalty(params)
+      value = value + penalty(params)
     extra = dict(value=value, grad=updates, value_fn=fn, obj_fn=fn)
     return inner.update(updates, state, params, arrival=arrival, **extra)
 

@@ -116,6 +116,14 @@ def default_config() -> ml_collections.ConfigDict:
   config.schedule = 'constant'  # Any optax schedule, over the arrivals.
   config.schedule_kwargs = ml_collections.ConfigDict()
   config.warmup = 0  # Arrivals over which the rate rises, linearly.
+  # L2 regularisation: so many times the parameters are added to a gradient,
+  # after a compensation's correction and before any momentum. A decay that is
+  # decoupled from the gradient is optimizer_kwargs.weight_decay, of adamw and
+  # others that have it.
+  config.weight_decay = 0.0
+  # The norm, over all parameters, that a gradient is clipped to as it arrives,
+  # before all else; None is any. Replays are clipped and decayed likewise.
+  config.clip_norm = config_dict.placeholder(float)
   # The run.
   config.batch_size = 16
   config.seeds = 10  # Trained at once.
@@ -221,12 +229,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   _number(config, 'validation_share', 0, 1)
   _number(config, 'label_noise', 0, 1)
   _number(config, 'learning_rate', 0, _LARGEST, optional=True)
-  for name in ('cv', 'machine_cv', 'sync_cost'):
+  for name in ('cv', 'machine_cv', 'sync_cost', 'weight_decay'):
     _number(config, name, 0, _LARGEST)
   _number(config, 'spread', 0, 1)
   for name in ('overwrite_within', 'trace_unit', 'fails_at', 'back_at'):
     _number(config, name, 0, _LARGEST, optional=True)
-  _number(config, 'straggler', 0, _LARGEST, optional=True)
+  for name in ('straggler', 'clip_norm'):
+    _number(config, name, 0, _LARGEST, optional=True)
   one_of('model', config.model, ('mlp', 'softmax_regression'))
   one_of('preprocessing', config.preprocessing, ('standard', 'author'))
   one_of('combine', config.combine, ('sequential', 'mean'))
@@ -365,6 +374,8 @@ def _between(config):
     raise ValueError(
       f'warmup must be less than updates={config.updates}, got {config.warmup}'
     )
+  if config.clip_norm == 0:
+    raise ValueError('clip_norm must be positive, got 0')
   if config.stored_gradients and config.revisit:
     raise ValueError(
       'stored_gradients computes nothing, so revisit must be 0 with it, got '

@@ -89,7 +89,7 @@ def make_optimizer(
     learning_rate(config, method),
     _plain(config.optimizer_kwargs),
   )
-  return optimizers.with_value_fn(tx, loss_fn)
+  return optimizers.with_value_fn(tx, loss_fn, config.weight_decay)
 
 
 def _plain(config):
@@ -286,20 +286,52 @@ def _compensated(config, method, parts, loss_fn):
     )
   if parts.prediction is not None:
     tx = parts.prediction(tx)
-  if parts.correction is not None:
-    tx = optax.chain(parts.correction, tx)
-  return tx
+  return _treated(config, parts, tx)
+
+
+def _treated(config, parts, tx):
+  """The optimizer `tx` behind what is done with gradients as they arrive."""
+  correction = [] if parts.correction is None else [parts.correction]
+  if parts.worker_transform is not None:  # They have done it themselves.
+    return _chained(*correction, tx)
+  return _chained(*_clipping(config), *correction, *_decay(config), tx)
+
+
+def _clipping(config):
+  if config.clip_norm is None:
+    return []
+  return [optax.clip_by_global_norm(config.clip_norm)]
+
+
+def _decay(config):
+  if not config.weight_decay:
+    return []
+  return [optax.add_decayed_weights(config.weight_decay)]
+
+
+def _chained(*transforms):
+  return transforms[0] if len(transforms) == 1 else optax.chain(*transforms)
+
+
+def _worker_transform(config, parts):
+  """The workers' own momentum, and what comes before any momentum."""
+  if parts.worker_transform is None:
+    return None
+  return _chained(*_clipping(config), *_decay(config), parts.worker_transform)
 
 
 def _replay_with(config, method, parts):
   """What applies replays that are to enter no worker's momentum."""
   if parts.replay_weight is None:
     return None
-  return optimizers.driven(
+  tx = optimizers.driven(
     lambda rate: optax.sgd(rate * parts.replay_weight),
     learning_rate(config, method),
     'guided SGD',
   )
+  if config.stored_gradients and parts.worker_transform is not None:
+    return tx  # Its worker has clipped it.
+  return _chained(*_clipping(config), *_decay(config), tx)
 
 
 def _emulated(config, method, tx, parts, batch_like, seed):
@@ -328,7 +360,7 @@ def _settings(
   if method.parallel in ('sequential', 'delayed', 'asynchronous'):
     settings['keep_params'] = parts.needs_stale_params
   if method.parallel in ('sequential', 'asynchronous'):
-    settings['worker_transform'] = parts.worker_transform
+    settings['worker_transform'] = _worker_transform(config, parts)
   if method.parallel in ('sequential', 'delayed'):
     return settings
   settings |= dict(arrivals=make_arrivals(config), seed=seed)

@@ -36,9 +36,9 @@ OPTIONAL_LEAST = dict(
 )
 OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread']
-NUMBERS = ['cv', 'machine_cv', 'sync_cost']
+NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
-OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at']
+OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at', 'clip_norm']
 SEQUENCES = ['hidden', 'methods', 'speeds']
 DICTS = ['optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs']
 ALL = list(settings.default_config())
@@ -264,6 +264,7 @@ BETWEEN = {
     dict(warmup=3, updates=2),
     'warmup must be less than updates=2, got 3',
   ),
+  'clip_norm': (dict(clip_norm=0.0), 'clip_norm must be positive, got 0'),
   'stored gradients': (
     dict(stored_gradients=True, revisit=2),
     'stored_gradients computes nothing, so revisit must be 0 with it, got 2',

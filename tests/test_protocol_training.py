@@ -1,0 +1,147 @@
+"""Training as papers do it: decay, clipping, pieces, epochs, depth."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gsgd_jax import events, optimizers, transformation
+from tests import helpers, reference
+from tests.test_experiment import short
+
+N, DECAY, NORM = 3, 0.2, 0.25
+
+
+class Clipped(reference.Correction):
+  """Gradients of at most so large a norm."""
+
+  def correct(self, params, packet):
+    size = np.linalg.norm(packet.gradient)
+    return packet.gradient * min(1, NORM / size)
+
+
+class Decayed(reference.Correction):
+  """L2: the parameters are added to a gradient."""
+
+  def correct(self, params, packet):
+    return packet.gradient + DECAY * params
+
+
+def arriving(correct, rate=0.05, momentum=0.8):
+  return Clipped(correct(Decayed(reference.Sgd(rate, momentum))))
+
+
+# Names, and what their servers are, plainly.
+SERVERS = {
+  None: lambda: arriving(lambda tx: tx),
+  'delay_compensation': lambda: arriving(
+    lambda tx: reference.DelayCompensation(tx, 0.04)
+  ),
+  'scale_by_staleness': lambda: arriving(
+    lambda tx: reference.ScaleByStaleness(tx, 'inverse')
+  ),
+  'predict': lambda: reference.Predict(arriving(lambda tx: tx), N - 1),
+  'drop_stale': lambda: reference.DropStale(arriving(lambda tx: tx), 1),
+  'dana': lambda: Clipped(Decayed(reference.Dana(0.05, N, 0.9))),
+  'smega2': lambda: Clipped(Decayed(reference.Smega2(0.05, N, 0.9))),
+  'dana_dc': lambda: Clipped(
+    reference.DelayCompensation(Decayed(reference.Dana(0.05, N, 0.9)), 2.0)
+  ),
+  'dana_slim': lambda: reference.Sgd(0.05),
+}
+
+UNGUIDED = ('scale_by_staleness', 'predict', 'smega2')
+
+
+def treated(name, guidance, **changes):
+  """A config with decay and clipping, and its method."""
+  config = short(
+    workers=N,
+    window=4,
+    revisit=0,
+    weight_decay=DECAY,
+    clip_norm=NORM,
+    methods=('+'.join(filter(None, ('asynchronous', name, guidance))),),
+    **changes,
+  )
+  if name not in ('dana', 'smega2', 'dana_slim', 'dana_dc'):
+    config.optimizer_kwargs.momentum = 0.8
+  if name == 'drop_stale':
+    config.compensation_kwargs.max_staleness = 1
+  return config, events.methods(config)[0]
+
+
+def expected_of(name, guidance, problem):
+  start, batches, _ = problem.of_seed(0)
+  server, gradient, slim = SERVERS[name](), problem.gradient, None
+  if name == 'dana_slim':  # A worker does it, where it has read.
+    slim = 0.9
+
+    def gradient(params, batch):
+      packet = reference.Packet(problem.gradient(params, batch), 0.0, batch)
+      clipped = Clipped(None).correct(params, packet)
+      return clipped + DECAY * params
+
+  if guidance is not None:
+    replays = None
+    if name in ('dana', 'dana_slim', 'dana_dc'):
+      replays = Clipped(Decayed(reference.Sgd(0.05 / (1 - 0.9))))
+    guided = lambda inner: reference.Guided(
+      inner, problem.loss, problem.gradient, window=4, replay_with=replays
+    )
+    if name == 'drop_stale':
+      server.inner = guided(server.inner)
+    else:
+      server = guided(server)
+  run = reference.asynchronous(
+    start,
+    server,
+    problem.loss,
+    gradient,
+    N,
+    batches,
+    worker_momentum=slim,
+    worker_nesterov=slim is not None,
+  )
+  return run.trajectory
+
+
+@pytest.mark.parametrize('name', SERVERS)
+def test_decay_and_clipping(name):
+  """Clip, correct, decay, then momentum: of arrivals and of replays."""
+  guidance = None if name in UNGUIDED else 'consistent'
+  problem = helpers.make_problem('logistic', 4, 3, 24, seed=1)
+  config, method = treated(name, guidance)
+  tx = transformation.make_transformation(
+    config, method, problem.loss_fn, problem.batch_like
+  )
+  ((flat, _),) = helpers.run(tx, problem, 'scan')
+  expected = expected_of(name, guidance, problem)
+  helpers.assert_trajectory(flat[N - 1 :], expected)
+
+
+def test_a_line_search_sees_the_decayed_loss():
+  """Its slope along a direction is that of the gradient it is given."""
+  seen = {}
+
+  def update(updates, state, params=None, *, value, value_fn, grad, arrival):
+    del params, arrival
+    seen.update(value=value, slope=jax.grad(value_fn)(point), grad=grad)
+    return updates, state
+
+  point = jnp.array([1.0, -3.0])
+  loss_fn = lambda params, batch: jnp.sum(params * batch)
+  tx = optax.GradientTransformationExtraArgs(
+    lambda params: (),
+    lambda *args, obj_fn, **extra: update(*args, **extra),
+  )
+  tx = optax.chain(
+    optax.add_decayed_weights(DECAY),
+    optimizers.with_value_fn(tx, loss_fn, DECAY),
+  )
+  batch = jnp.array([0.5, 2.0])
+  value, grads = jax.value_and_grad(loss_fn)(point, batch)
+  tx.update(grads, tx.init(point), point, value=value, batch=batch)
+  np.testing.assert_allclose(seen['slope'], seen['grad'], rtol=1e-12)
+  np.testing.assert_allclose(seen['value'], -5.5 + DECAY / 2 * 10, rtol=1e-12)
