@@ -70,6 +70,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
   _check_divides(config, named, devices.number)
   for method in named:
+    _check_pieces(config, method, devices.number)
+  for method in named:
     batch_like = transformation.batch_like_of(config, method, dataset)
     tx = transformation.make_transformation(config, method, loss_fn, batch_like)
     if method.compensation is not None:
@@ -174,6 +176,21 @@ def _check_divides(config, named, devices):
         f'{method.name}: {devices} devices cannot share {name}={number} '
         f'equally; {nearest} would do{hint}'
       )
+
+
+def _check_pieces(config, method, devices):
+  """A batch, or a device's share of it, has pieces of equal size."""
+  name, *_ = _shared(config, method)
+  size, whose = config[name], ''
+  kind = transformation.parallel_kind(config, method)
+  if devices > 1 and kind in ('data_parallel', 'delayed'):
+    size //= devices
+    whose = f', which leaves {size} examples to a device'
+  if size % config.accumulate:
+    raise ValueError(
+      f'{method.name}: accumulate={config.accumulate} pieces must divide '
+      f'{name}={config[name]}{whose}'
+    )
 
 
 def _shared(config, method):

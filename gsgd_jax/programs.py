@@ -17,6 +17,7 @@ from jax import custom_batching
 
 from gsgd_jax import (
   _protocol,
+  accumulation,
   data,
   diagnostics,
   events,
@@ -119,9 +120,15 @@ class _Settings(NamedTuple):
     return how(
       self.config,
       self.method,
-      models.cross_entropy(self.model),
+      self.loss_fn,
       transformation.batch_like_of(self.config, self.method, self.datasets[0]),
       *where,
+    )
+
+  @property
+  def loss_fn(self):
+    return accumulation.in_pieces(
+      models.cross_entropy(self.model), self.config.accumulate
     )
 
   @property
@@ -177,7 +184,7 @@ def rows_of(
 
 def _one_device(settings):
   """`init` and `advance` of a seed, on one device alone."""
-  loss_fn = models.cross_entropy(settings.model)
+  loss_fn = settings.loss_fn
   filling = settings.filling
 
   def transformation_of(seed):

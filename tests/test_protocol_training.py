@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gsgd_jax import events, optimizers, transformation
+from gsgd_jax import accumulation, events, models, optimizers, transformation
 from tests import helpers, reference
 from tests.test_experiment import short
 
@@ -145,3 +145,63 @@ def test_a_line_search_sees_the_decayed_loss():
   tx.update(grads, tx.init(point), point, value=value, batch=batch)
   np.testing.assert_allclose(seen['slope'], seen['grad'], rtol=1e-12)
   np.testing.assert_allclose(seen['value'], -5.5 + DECAY / 2 * 10, rtol=1e-12)
+
+
+# In pieces.
+
+
+def mlp_task(examples, width=4):
+  model = models.mlp(3, [width, width], 3)
+  rng = np.random.default_rng(0)
+  batch = (
+    rng.normal(size=(examples, 3)),
+    rng.integers(3, size=examples).astype(np.int32),
+  )
+  params = jax.tree.map(
+    lambda x: x.astype(jnp.float64), model.init(jax.random.key(0))
+  )
+  return models.cross_entropy(model), params, batch
+
+
+@pytest.mark.parametrize('pieces, taken', [(1, 1), (4, 4), (5, 4), (12, 12)])
+def test_pieces_change_nothing(pieces, taken):
+  loss_fn, params, batch = mlp_task(12)
+  sizes = []
+
+  def seen(params, batch):
+    sizes.append(len(batch[1]))
+    return loss_fn(params, batch)
+
+  with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+    cut = accumulation.in_pieces(seen, pieces)
+    tangent = jax.tree.map(jnp.ones_like, params)
+    for derivative in (
+      jax.value_and_grad,
+      # What exact corrections take.
+      lambda fn: (
+        lambda w, b: jax.jvp(lambda w: jax.grad(fn)(w, b), (w,), (tangent,))
+      ),
+    ):
+      helpers.assert_close(
+        derivative(cut)(params, batch), derivative(loss_fn)(params, batch)
+      )
+  assert set(sizes) == {12 // taken}
+
+
+def test_pieces_take_less_memory():
+  loss_fn, params, batch = mlp_task(1024, width=64)
+
+  def bytes_of(fn):
+    compiled = jax.jit(jax.grad(fn)).lower(params, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+    whole, cut = bytes_of(loss_fn), bytes_of(accumulation.in_pieces(loss_fn, 8))
+  assert cut < whole / 3
+
+
+def test_pieces_of_what_cannot_be_cut():
+  cut = accumulation.in_pieces(lambda params, batch: params, 2)
+  for batch in ((jnp.ones(4), jnp.ones(2)), jnp.ones([])):
+    with pytest.raises(ValueError, match='must have the same leading axis'):
+      cut(1.0, batch)

@@ -28,6 +28,7 @@ LEAST = dict(
   updates=1,
   evaluate_every=1,
   window=1,
+  accumulate=1,
   delay=0,
   warmup=0,
 )
