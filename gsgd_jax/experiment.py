@@ -38,18 +38,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   trained. A data file that cannot be read is an OSError.
   """
   settings.check(config)
+  config = resolved(config)
   named = events.methods(config)
   compensations.check_used(config)
   for method in named:
     _check_guidance(config, method)
   dataset = _load(config, 0)
-  examples = len(dataset.train.labels)
-  for name in ('batch_size', 'split_batch_size'):
-    if (config[name] or 0) > examples:
-      raise ValueError(
-        f'{name} must be at most the {examples} training examples of '
-        f'{config.dataset}, got {config[name]}'
-      )
+  _check_batches(config, dataset)
   for seed in range(1, config.seeds):
     _load(config, seed)
   for method in named:
@@ -88,6 +83,73 @@ def check(config: ml_collections.ConfigDict) -> None:
     state = jax.eval_shape(init, params)
     _check_memory(config, method, state, params, room, mesh)
     _check_trace(config, method)
+
+
+def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A config with the length of its run, and what is in it, in updates.
+
+  An epoch has so many updates as there are whole batches of ``batch_size`` in
+  the training examples, also for methods that split larger batches. Lengths in
+  epochs are rounded to the nearest update, and to at least 1 for ``epochs`` and
+  ``evaluate_epochs``.
+
+  Args:
+    config: A config that ``settings.check`` has passed. Where it says nothing
+      in epochs, the data are not looked at.
+
+  Returns:
+    A copy in which ``updates``, ``evaluate_every``, ``warmup`` and ``drops``
+    are what ``epochs``, ``evaluate_epochs``, ``warmup_epochs`` and
+    ``drop_epochs`` come to, where these are given. Once more it is the same.
+
+  Raises:
+    ValueError: A length is given both ways, and differently; or it is not
+      within the run.
+    OSError: The data cannot be read.
+
+  Examples:
+    >>> from gsgd_jax import experiment, settings
+    >>> config = settings.default_config()
+    >>> config.epochs, config.drop_epochs = 20, (10, 15)
+    >>> config = experiment.resolved(config)
+    >>> print(config.updates, config.drops)  # Of 1078 // 16 = 67 an epoch.
+    1340 (670, 1005)
+  """
+  given = (config.epochs, config.evaluate_epochs, config.warmup_epochs)
+  if not any(given) and not config.drop_epochs:
+    return config
+  config = config.copy_and_resolve_references()
+  dataset = _load(config, 0)
+  _check_batches(config, dataset)
+  batches = len(dataset.train.labels) // config.batch_size
+  if config.epochs is not None:
+    config.updates = max(1, round(config.epochs * batches))
+  if config.evaluate_epochs is not None:
+    config.evaluate_every = max(1, round(config.evaluate_epochs * batches))
+  for name, nothing, value in (
+    ('warmup', 0, round(config.warmup_epochs * batches)),
+    ('drops', (), tuple(round(e * batches) for e in config.drop_epochs)),
+  ):
+    if value and config[name] not in (nothing, value):
+      raise ValueError(
+        f'{name}={config[name]} and {name.removesuffix("s")}_epochs, which is '
+        f'{value}, are two lengths for one thing: give one of them'
+      )
+    config[name] = value or config[name]
+  settings.check(config)
+  settings.check_lengths(config)
+  return config
+
+
+def _check_batches(config, dataset):
+  """A batch holds no example twice."""
+  examples = len(dataset.train.labels)
+  for name in ('batch_size', 'split_batch_size'):
+    if (config[name] or 0) > examples:
+      raise ValueError(
+        f'{name} must be at most the {examples} training examples of '
+        f'{config.dataset}, got {config[name]}'
+      )
 
 
 def _check_guidance(config, method):
@@ -282,6 +344,7 @@ def stream(
     OSError: The data cannot be read.
   """
   check(config)
+  config = resolved(config)
   datasets = [_load(config, seed) for seed in range(config.seeds)]
   model = make_model(config, datasets[0])
   mesh = parallel.make_mesh(config.devices)

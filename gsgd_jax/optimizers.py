@@ -7,7 +7,7 @@ forwards: an arrival and the replays after it share one rate.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -192,12 +192,16 @@ def make_schedule(
   arrivals: int,
   kwargs: Mapping[str, Any] | None = None,
   warmup: int = 0,
+  warmup_start: float | None = None,
+  drops: Sequence[int] = (),
+  drop_factor: float = 0.1,
 ) -> float | Callable[[Any], Any]:
-  r"""An optax schedule by its name, after an optional linear warm-up.
+  r"""An optax schedule by its name, with a linear warm-up and drops.
 
   .. math::
 
-    \eta(t) = \begin{cases} \eta\, (t + 1) / W & t < W \\
+    \eta(t) = f^{|\{d \in D:\, d \le t\}|} \begin{cases}
+    \eta \left( s + (1 - s) \frac{t}{W - 1} \right) & t < W \\
     \mathrm{schedule}(t - W) & \text{else} \end{cases}
 
   Arguments that are not given follow from the run: the schedule's initial (or
@@ -214,6 +218,11 @@ def make_schedule(
       sequence of pairs.
     warmup: :math:`W`, arrivals over which the rate rises, less than
       ``arrivals``.
+    warmup_start: :math:`s`, the share of the rate that the warm-up begins at,
+      in [0, 1]; None is :math:`1 / W`, for a rate of
+      :math:`\eta\, (t + 1) / W`.
+    drops: :math:`D`, arrivals from which on the rate is smaller by
+    drop_factor: :math:`f`, in [0, 1].
 
   Returns:
     ``learning_rate`` itself where it is constant, else a function of the
@@ -233,7 +242,8 @@ def make_schedule(
   if full not in known:
     settings.one_of('schedule', name, known)
   given = dict(kwargs or {})
-  if full == 'constant_schedule' and not warmup and not given:
+  changed = warmup or len(drops) or given
+  if full == 'constant_schedule' and not changed:
     return learning_rate
   factory = getattr(optax, full)
   parameters = inspect.signature(factory).parameters
@@ -265,12 +275,18 @@ def make_schedule(
     schedule = factory(**arguments)
     if warmup:
       # Not from 0: some optimizers never recover from a step of no length.
-      least = learning_rate / warmup
+      start = 1 / warmup if warmup_start is None else warmup_start
+      least = learning_rate * start
       rise = optax.linear_schedule(least, learning_rate, max(1, warmup - 1))
       schedule = optax.join_schedules([rise, schedule], [warmup])
   except Exception as e:  # Whatever it raises, it is the arguments.
     raise _refusal(f'schedule {full}', e) from e
-  return schedule
+  return _dropping(schedule, drops, drop_factor) if len(drops) else schedule
+
+
+def _dropping(schedule, drops, factor):
+  drops = np.asarray(drops, np.int32)
+  return lambda t: schedule(t) * factor ** jnp.sum(jnp.asarray(t) >= drops)
 
 
 def check_rates(name: str, rate: Any, arrivals: int) -> None:

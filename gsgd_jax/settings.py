@@ -1,6 +1,7 @@
 """The settings of an experiment: what they are, and what they may be."""
 
 import difflib
+import itertools
 import math
 import numbers
 from collections.abc import Iterable
@@ -115,7 +116,12 @@ def default_config() -> ml_collections.ConfigDict:
   config.learning_rate = 0.18
   config.schedule = 'constant'  # Any optax schedule, over the arrivals.
   config.schedule_kwargs = ml_collections.ConfigDict()
-  config.warmup = 0  # Arrivals over which the rate rises, linearly.
+  config.warmup = 0  # Arrivals over which the rate rises, linearly,
+  config.warmup_start = config_dict.placeholder(float)  # from this share of it.
+  # (None is 1 / warmup.) At each of these arrivals the rate is multiplied by
+  # drop_factor, on top of its schedule.
+  config.drops = ()
+  config.drop_factor = 0.1
   # L2 regularisation: so many times the parameters are added to a gradient,
   # after a compensation's correction and before any momentum. A decay that is
   # decoupled from the gradient is optimizer_kwargs.weight_decay, of adamw and
@@ -132,6 +138,13 @@ def default_config() -> ml_collections.ConfigDict:
   config.seeds = 10  # Trained at once.
   config.updates = 1680  # Arriving gradients, replays aside.
   config.evaluate_every = 134  # Updates.
+  # The same in epochs, passes of batch_size over the training examples that
+  # drop what is left over. What is given here is put in place of updates,
+  # evaluate_every, warmup and drops; see experiment.resolved.
+  config.epochs = config_dict.placeholder(float)
+  config.evaluate_epochs = config_dict.placeholder(float)
+  config.warmup_epochs = 0.0
+  config.drop_epochs = ()  # Such as 80,120.
   config.patience = config_dict.placeholder(int)  # Evaluations; see README.
   # Guided SGD: window (the paper's delay tolerance), at most so many replays a
   # window (None is min(4, window // 2)), who takes them (serial: the server,
@@ -240,6 +253,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     _number(config, name, 0, _LARGEST, optional=True)
   for name in ('straggler', 'clip_norm'):
     _number(config, name, 0, _LARGEST, optional=True)
+  for name in ('epochs', 'evaluate_epochs'):
+    _number(config, name, 0, _LARGEST, optional=True)
+  _number(config, 'warmup_epochs', 0, _LARGEST)
+  _number(config, 'warmup_start', 0, 1, optional=True)
+  _number(config, 'drop_factor', 0, 1)
   one_of('model', config.model, ('mlp', 'softmax_regression'))
   one_of('preprocessing', config.preprocessing, ('standard', 'author'))
   one_of('combine', config.combine, ('sequential', 'mean'))
@@ -249,6 +267,19 @@ def check(config: ml_collections.ConfigDict) -> None:
   _between(config)
   _cluster(config)
   _hosts(config)
+
+
+def check_lengths(config: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError unless warm-up and drops are within the run."""
+  if config.warmup >= config.updates:
+    raise ValueError(
+      f'warmup must be less than updates={config.updates}, got {config.warmup}'
+    )
+  if config.drops and config.drops[-1] > config.updates:
+    raise ValueError(
+      f'drops must be at most updates={config.updates}, got '
+      f'{tuple(config.drops)}'
+    )
 
 
 def _names(config):
@@ -312,7 +343,7 @@ def _number(config, name, least, most, optional=False):
 
 
 def _sequences(config):
-  for name in ('hidden', 'methods', 'speeds'):
+  for name in ('hidden', 'methods', 'speeds', 'drops', 'drop_epochs'):
     if not isinstance(config[name], (tuple, list)):
       _fail(config, name, 'a tuple', False)
   if len(config.hidden) > 100:
@@ -323,12 +354,18 @@ def _sequences(config):
     raise ValueError(
       f'hidden must hold positive integers, got {tuple(config.hidden)}'
     )
-  for speed in config.speeds:
-    real = isinstance(speed, numbers.Real) and not isinstance(speed, bool)
-    if not real or not 0 < speed <= _LARGEST:
+  for name in ('speeds', 'drop_epochs'):
+    if not all(map(_is_positive, config[name])):
       raise ValueError(
-        f'speeds must hold positive numbers, got {tuple(config.speeds)}'
+        f'{name} must hold positive numbers, got {tuple(config[name])}'
       )
+  if any(type(n) is not int or not 0 < n < 2**31 for n in config.drops):
+    raise ValueError(
+      f'drops must hold positive integers, got {tuple(config.drops)}'
+    )
+  for name in ('drops', 'drop_epochs'):
+    if any(a >= b for a, b in itertools.pairwise(config[name])):
+      raise ValueError(f'{name} must ascend, got {tuple(config[name])}')
   if any(not isinstance(m, str) for m in config.methods):
     raise ValueError(f'methods must hold names, got {tuple(config.methods)}')
   for name in ('optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs'):
@@ -340,6 +377,11 @@ def _sequences(config):
           f'{name}.{argument} must be a finite number, a name, True, False, '
           f'None, or a sequence of these, got {_shown(value)}'
         )
+
+
+def _is_positive(value):
+  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  return real and 0 < value <= _LARGEST
 
 
 def _is_plain(value):
@@ -374,10 +416,16 @@ def _between(config):
       'guidance belongs to parallel: set both, or write the method as '
       f'--config.methods=asynchronous+{_shown(config.guidance)[1:-1]}'
     )
-  if config.warmup >= config.updates:
+  for name in ('epochs', 'evaluate_epochs'):
+    if config[name] == 0:
+      raise ValueError(f'{name} must be positive, got 0')
+  warms_up = config.warmup or config.warmup_epochs
+  if config.warmup_start is not None and not warms_up:
     raise ValueError(
-      f'warmup must be less than updates={config.updates}, got {config.warmup}'
+      'warmup_start is where a warm-up begins and needs warmup or warmup_epochs'
     )
+  if config.epochs is None:  # Else it is not known how long the run is.
+    check_lengths(config)
   if config.clip_norm == 0:
     raise ValueError('clip_norm must be positive, got 0')
   if config.stored_gradients and config.revisit:

@@ -66,8 +66,8 @@ def learning_rate(
     arguments = compensations.arguments_of(config, method.compensation)
     rate = arguments.get('learning_rate', rate)
   if rate is None:
-    if config.schedule != 'constant' or config.warmup:
-      raise ValueError('a schedule and a warm-up need a learning_rate')
+    if config.schedule != 'constant' or config.warmup or config.drops:
+      raise ValueError('a schedule, a warm-up and drops need a learning_rate')
     return None
   return optimizers.make_schedule(
     config.schedule,
@@ -75,6 +75,9 @@ def learning_rate(
     config.updates,
     _plain(config.schedule_kwargs),
     config.warmup,
+    config.warmup_start,
+    config.drops,
+    config.drop_factor,
   )
 
 

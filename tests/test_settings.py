@@ -37,10 +37,13 @@ OPTIONAL_LEAST = dict(
 )
 OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread']
-NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay']
+SHARES += ['drop_factor']
+OPTIONAL_SHARES = ['warmup_start']
+NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay', 'warmup_epochs']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
 OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at', 'clip_norm']
-SEQUENCES = ['hidden', 'methods', 'speeds']
+OPTIONAL_NUMBERS += ['epochs', 'evaluate_epochs']
+SEQUENCES = ['hidden', 'methods', 'speeds', 'drops', 'drop_epochs']
 DICTS = ['optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs']
 ALL = list(settings.default_config())
 
@@ -79,7 +82,14 @@ def test_the_default_config_is_open():
 
 def test_these_tests_know_every_setting():
   known = [*TEXTS, *OPTIONAL_TEXTS, *TRUTHS, *LEAST, *OPTIONAL_LEAST]
-  known += [*SHARES, *NUMBERS, *OPTIONAL_NUMBERS, *SEQUENCES, *DICTS]
+  known += [
+    *SHARES,
+    *OPTIONAL_SHARES,
+    *NUMBERS,
+    *OPTIONAL_NUMBERS,
+    *SEQUENCES,
+    *DICTS,
+  ]
   assert sorted(known) == sorted(ALL)
 
 
@@ -105,11 +115,13 @@ for name in [*LEAST, *OPTIONAL_LEAST]:
   values = [least - 1, -7, np.int64(least - 1)]
   WRONG += [(name, value, f'at least {least}{more}') for value in values]
   WRONG += [(name, value, f'below 2**31{more}') for value in [2**31, 2**70]]
-for name in SHARES:
-  values = [None, '0.5', True, (0.5,), 0.5j]
-  WRONG += [(name, value, 'a number') for value in values]
+for name in [*SHARES, *OPTIONAL_SHARES]:
+  more = ' or None' if name in OPTIONAL_SHARES else ''
+  values = ['0.5', True, (0.5,), 0.5j]
+  values += [] if more else [None]
+  WRONG += [(name, value, 'a number' + more) for value in values]
   values = [-0.1, 1.1, 2, NAN, math.inf, -math.inf, np.float64(-0.1)]
-  WRONG += [(name, value, 'from 0 to 1') for value in values]
+  WRONG += [(name, value, 'from 0 to 1' + more) for value in values]
 for name in [*NUMBERS, *OPTIONAL_NUMBERS]:
   more = ' or None' if name in OPTIONAL_NUMBERS else ''
   values = ['0.5', False, (0.5,), 0.5j]
@@ -137,6 +149,14 @@ def test_wrong(name):
 ENTRIES = [
   ('hidden', value, 'positive integers')
   for value in [(0,), (64, -1), (1.5,), (True,), (None,), ('64',), (NAN,)]
+]
+ENTRIES += [
+  ('drops', value, 'positive integers')
+  for value in [(0,), (1, 2.5), (True,), (None,), ('64',), (NAN,)]
+]
+ENTRIES += [
+  ('drop_epochs', value, 'positive numbers')
+  for value in [(0,), (1, -2.5), (True,), (None,), ('64',), (NAN,)]
 ]
 ENTRIES += [
   ('methods', value, 'names')
@@ -265,6 +285,27 @@ BETWEEN = {
     dict(warmup=3, updates=2),
     'warmup must be less than updates=2, got 3',
   ),
+  'warmup_start': (
+    dict(warmup_start=0.1),
+    'warmup_start is where a warm-up begins and needs warmup or warmup_epochs',
+  ),
+  'no epochs': (dict(epochs=0.0), 'epochs must be positive, got 0'),
+  'no evaluation': (
+    dict(evaluate_epochs=0),
+    'evaluate_epochs must be positive, got 0',
+  ),
+  'drops': (
+    dict(drops=(5, 1681)),
+    'drops must be at most updates=1680, got (5, 1681)',
+  ),
+  'drops in any order': (
+    dict(drops=(5, 7, 7)),
+    'drops must ascend, got (5, 7, 7)',
+  ),
+  'epochs in any order': (
+    dict(drop_epochs=(5, 2.5)),
+    'drop_epochs must ascend, got (5, 2.5)',
+  ),
   'clip_norm': (dict(clip_norm=0.0), 'clip_norm must be positive, got 0'),
   'stored gradients': (
     dict(stored_gradients=True, revisit=2),
@@ -288,6 +329,10 @@ def test_between(case):
     dict(patience=3, validation_share=0.01),
     dict(guidance='hardest', parallel='asynchronous'),
     dict(warmup=1679),
+    dict(warmup=5000, epochs=10),
+    dict(warmup=2, warmup_start=0.0),
+    dict(warmup_epochs=2.5, warmup_start=1.0),
+    dict(drops=(5, 1680), drop_epochs=(0.5, 7)),
     dict(stored_gradients=True, revisit=0),
     dict(stored_gradients=True, revisit=None),
     dict(stored_gradients=False, revisit=2),
