@@ -30,9 +30,9 @@ class Dataset(NamedTuple):
 
 
 # What a generator is seeded with beside the user's seed.
-_SPLIT, _BATCH, _VERIFICATION, _NOISE = range(4)
+_SPLIT, _BATCH, _VERIFICATION, _NOISE, _KEYS = range(5)
 MOST_VERIFICATION = 100  # Examples in a sample.
-_BLOCK = 64  # Verification samples drawn by one generator.
+_BLOCK = 64  # Steps whose samples, or keys, are drawn by one generator.
 
 
 def load(
@@ -222,3 +222,30 @@ def _verification_block(examples, seed, block):
   generator = np.random.default_rng([seed, _VERIFICATION, block])
   size = (_BLOCK, verification_size(examples))
   return generator.integers(examples, size=size, dtype=np.int32)
+
+
+def batch_keys(size: int, seed: int, step: int) -> np.ndarray:
+  """Random keys for the examples of a step's batch, one each.
+
+  Args:
+    size: Number of keys, at least 1.
+    seed: An int of at least 0.
+    step: From 0.
+
+  Returns:
+    Raw key data for ``jax.random.wrap_key_data(keys, impl='threefry2x32')``,
+    uint32, shape ``(size, 2)``.
+
+  Examples:
+    >>> from gsgd_jax import data
+    >>> data.batch_keys(16, seed=0, step=7).shape
+    (16, 2)
+  """
+  block, position = divmod(step, _BLOCK)
+  return _key_block(size, seed, block)[position]
+
+
+@functools.lru_cache(maxsize=256)
+def _key_block(size, seed, block):
+  generator = np.random.default_rng([seed, _KEYS, block])
+  return generator.integers(2**32, size=(_BLOCK, size, 2), dtype=np.uint32)

@@ -336,3 +336,21 @@ def test_verification_needs_nothing_but_the_seed_and_the_step():
     assert rows([step], seed=4) != {step: forward[step]}
   mixed = rows([64, 63, 128, 0, 127])
   assert mixed == {step: forward[step] for step in mixed}
+
+
+def test_keys_need_nothing_but_the_seed_and_the_step():
+  def keys(steps, seed=3):
+    data._key_block.cache_clear()
+    return {s: data.batch_keys(5, seed, s).tolist() for s in steps}
+
+  forward = keys(range(130))  # Two blocks of 64, and a part of a third.
+  drawn = {tuple(key) for step in forward.values() for key in step}
+  assert len(drawn) == 130 * 5
+  assert keys(reversed(range(130))) == forward
+  assert keys([64], seed=4)[64] != forward[64]
+  several = data.batch_keys(5, 0, 9)
+  assert several.shape == (5, 2) and several.dtype == np.uint32
+  halves = several.astype(np.float64) / 2**32
+  assert halves.min() >= 0 and halves.max() < 1
+  many = np.concatenate([data.batch_keys(64, 0, s) for s in range(64)])
+  assert abs(np.mean(many / 2**32) - 0.5) < 0.02
