@@ -68,16 +68,22 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_pieces(config, method, devices.number)
   for method in named:
     batch_like = transformation.batch_like_of(config, method, dataset)
-    tx = transformation.make_transformation(config, method, loss_fn, batch_like)
+    tx = transformation.make_transformation(
+      config, method, loss_fn, batch_like, stages=model.stages
+    )
+    if transformation.by_depth(config, method):
+      _check_layers(config, method, tx, params)
     if method.compensation is not None:
       inside = transformation.arriving(config, method, batch_like)
-      parts = transformation.compensation_of(config, method, loss_fn, inside)
+      parts = transformation.compensation_of(
+        config, method, loss_fn, inside, model.stages
+      )
       _check_joined(config, method, parts.joined)
       _check_compensation(config, method, tx, params, batch_like)
     init, room = tx.init, 0
     if devices.number > 1:
       apart = transformation.make_parallel(
-        config, method, loss_fn, batch_like, devices
+        config, method, loss_fn, batch_like, devices, stages=model.stages
       )
       init, room = apart.local_init, apart.room
     state = jax.eval_shape(init, params)
@@ -156,6 +162,11 @@ def _check_guidance(config, method):
   """Guidance that would do nothing is a mistake."""
   if method.select is None:
     return
+  if transformation.by_depth(config, method):
+    raise ValueError(
+      f'{method.name} replays whole batches, and with delay={config.delay} no '
+      'whole gradient arrives: leave out the guidance, or give delay a number'
+    )
   updates = config.updates
   if method.parallel == 'synchronous':
     updates //= transformation.joined(config, method)
@@ -201,6 +212,17 @@ def _check_compensation(config, method, tx, params, batch_like):
     f'{config.optimizer} with compensation {method.compensation}',
     value=jax.ShapeDtypeStruct([], jnp.float32),
     batch=batch_like,
+    arrival=jax.ShapeDtypeStruct([], jnp.int32),
+  )
+
+
+def _check_layers(config, method, tx, params):
+  """What arrives layer by layer comes without a loss and a batch."""
+  optimizers.dry_run(
+    tx,
+    params,
+    f'{config.optimizer} in {method.name} with delay={config.delay}',
+    value=jax.ShapeDtypeStruct([], jnp.float32),
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
 

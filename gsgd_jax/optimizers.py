@@ -335,7 +335,9 @@ def with_value_fn(
 
   Returns:
     A transformation that wants the extra arguments ``value`` and ``batch``, and
-    hands on these and ``arrival`` alone.
+    hands on these and ``arrival`` alone. Without a ``value`` (``delayed`` with
+    a tree of delays has none) it hands on ``arrival``, and an optimizer that
+    wants more complains.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -343,10 +345,19 @@ def with_value_fn(
     return weight_decay / 2 * optax.tree.norm(params, squared=True)
 
   def update_fn(
-    updates, state, params=None, *, value, batch, arrival=None, **extra_args
+    updates,
+    state,
+    params=None,
+    *,
+    value=None,
+    batch=None,
+    arrival=None,
+    **extra_args,
   ):
     # optax's line searches refuse extra arguments that they do not know.
     del extra_args
+    if value is None:
+      return inner.update(updates, state, params, arrival=arrival)
     fn = lambda params, obj_fn=None: loss_fn(params, batch)
     if weight_decay:
       fn = lambda params, obj_fn=None: loss_fn(params, batch) + penalty(params)

@@ -123,6 +123,7 @@ class _Settings(NamedTuple):
       self.loss_fn,
       transformation.batch_like_of(self.config, self.method, self.datasets[0]),
       *where,
+      stages=self.model.stages,
     )
 
   @property

@@ -35,6 +35,7 @@ COMPENSATIONS = {
   'asynchronous_nesterov': 'asynchronous Nesterov',
   'delayed_nesterov': 'delayed Nesterov',
 }
+BY_DEPTH = 'by_depth'  # A delay.
 REPLAY_MODELS = ('serial', 'parallel', 'shared')
 
 
@@ -85,7 +86,10 @@ def default_config() -> ml_collections.ConfigDict:
     {name: {} for name in COMPENSATIONS}
   )
   config.workers = 16
-  config.delay = 15  # Of 'delayed', in updates.
+  # Of 'delayed', in updates: a number, or by_depth, every layer its own. Then
+  # the layers are the stages of a pipeline that learns from every batch at
+  # once: stage s of S (0 is at the input) is 2 (S - 1 - s) updates late.
+  config.delay = config_dict.FieldReference(15, field_type=object)
   config.combine = 'sequential'  # Rounds of 'synchronous'; or 'mean'.
   config.wait_for = config_dict.placeholder(int)  # Of a round, the m fastest.
   # The batch that 'data_parallel' splits over the workers; None is batch_size.
@@ -225,7 +229,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     _integer(config, name, 1)
   _integer(config, 'window', 1)
   _integer(config, 'accumulate', 1)
-  _integer(config, 'delay', 0)
+  if not isinstance(config.delay, str) or config.delay != BY_DEPTH:
+    _integer(config, 'delay', 0, f'an integer or {BY_DEPTH}')
   _integer(config, 'warmup', 0)
   _integer(config, 'patience', 1, optional=True)
   _integer(config, 'replays', 0, optional=True)
@@ -317,12 +322,12 @@ def _truth(config, name):
     _fail(config, name, 'True or False', False)
 
 
-def _integer(config, name, least, optional=False):
+def _integer(config, name, least, wanted='an integer', optional=False):
   if optional and config[name] is None:
     return
   given = config[name]
   if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-    _fail(config, name, 'an integer', optional)
+    _fail(config, name, wanted, optional)
   if given < least:
     _fail(config, name, f'at least {least}', optional)
   if given >= 2**31:

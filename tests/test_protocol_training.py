@@ -5,13 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import flatten_util
 
 from gsgd_jax import (
   accumulation,
+  data,
   events,
   experiment,
   models,
   optimizers,
+  parallel,
+  report,
   transformation,
 )
 from tests import helpers, reference
@@ -312,3 +316,118 @@ def test_an_application_trains_in_pieces(monkeypatch):
   config = short(methods=('sequential',), updates=2, accumulate=4)
   experiment.run(config)
   assert 2 in sizes and 8 not in sizes
+
+
+# Every layer its own delay.
+
+
+def by_depth(name='delayed', **changes):
+  changes = dict(delay='by_depth', methods=(name,), seeds=1) | changes
+  return short(model='mlp', hidden=(4, 4), **changes)
+
+
+def plain_pipeline(config, server, elements):
+  """The same run by the oracle, element by element."""
+  dataset = data.load(config.dataset, 0)
+  model = experiment.make_model(config, dataset)
+  params, unflatten = flatten_util.ravel_pytree(model.init(jax.random.key(0)))
+  loss_fn = models.cross_entropy(model)
+  gradient = jax.jit(jax.grad(lambda w, batch: loss_fn(unflatten(w), batch)))
+  batches = [
+    jax.tree.map(
+      lambda x, t=t: x[data.batch_rows(len(dataset.train.labels), 8, 0, t)],
+      dataset.train,
+    )
+    for t in range(config.updates)
+  ]
+  trajectory, stalenesses = reference.delayed_leaves(
+    np.asarray(params, np.float64),
+    server(elements),
+    lambda w, batch: np.asarray(gradient(jnp.float32(w), batch), np.float64),
+    elements,
+    batches,
+  )
+  measured = jax.jit(lambda w: loss_fn(unflatten(w), dataset.test))
+  losses = [measured(jnp.float32(w)) for w in (params, *trajectory)]
+  return np.array(losses), stalenesses
+
+
+def elements_of(config):
+  """The delay of every element: 4, 2 and 0 of three linear layers."""
+  features = data.load(config.dataset, 0).train.inputs.shape[1]
+  # A layer's bias and kernel, in either order.
+  return np.array([4] * (features + 1) * 4 + [2] * 20 + [0] * 10)
+
+
+@pytest.mark.usefixtures('as_users_run_it')
+@pytest.mark.parametrize(
+  'name, server',
+  [
+    (None, lambda delays: Clipped(Decayed(reference.Sgd(0.05)))),
+    (
+      'spike_compensation',
+      lambda delays: reference.SpikeCompensation(0.05, delays, 0.9),
+    ),
+    (
+      'delay_compensation',
+      lambda delays: reference.DelayCompensation(reference.Sgd(0.05), 0.04),
+    ),
+  ],
+)
+def test_delay_by_depth(name, server):
+  """Losses along the run are those of the oracle's loop."""
+  changes = {}
+  if name is None:
+    changes = dict(weight_decay=DECAY, clip_norm=NORM)
+  method = '+'.join(filter(None, ('delayed', name)))
+  config = by_depth(method, updates=12, evaluate_every=1, **changes)
+  history = experiment.run(config)[method]
+  losses, stalenesses = plain_pipeline(config, server, elements_of(config))
+  np.testing.assert_allclose(history.test_loss[:, 0], losses, rtol=2e-5)
+  largest = [0] + [max(s) for s in stalenesses]
+  assert history.latest_staleness[:, 0].tolist() == largest
+  assert largest[-1] == 4
+  np.testing.assert_allclose(
+    history.simulated_time[:, 0], np.arange(13) / 3, rtol=1e-8
+  )
+  said = 'delay by depth (0 to 4 updates)'
+  assert said in report._title(config, {method: history})
+
+
+@pytest.mark.usefixtures('as_users_run_it')
+def test_delay_by_depth_on_two_devices(monkeypatch):
+  config = by_depth(updates=10, evaluate_every=5)
+  (one,) = experiment.run(config).values()
+  monkeypatch.setattr(parallel, 'device_count', lambda: 2)
+  (two,) = experiment.run(config).values()
+  np.testing.assert_allclose(one.train_loss, two.train_loss, rtol=1e-5)
+  assert two.latest_staleness[-1] == 4
+
+
+@pytest.mark.usefixtures('as_users_run_it')
+@pytest.mark.parametrize(
+  'name, changes, message',
+  [
+    ('delayed+consistent', {}, 'replays whole batches, and with delay=by_dep'),
+    ('delayed+dana', {}, 'no whole gradient arrives, which dana needs; delay_'),
+    ('delayed+drop_stale', {}, 'which drop_stale needs'),
+    (
+      'delayed',
+      dict(optimizer='polyak_sgd'),
+      'optimizer polyak_sgd in delayed with delay=by_depth cannot be used here',
+    ),
+    ('delayed', dict(delay='depth'), "an integer or by_depth, got 'depth'"),
+  ],
+)
+def test_what_delays_by_depth_cannot(name, changes, message):
+  with pytest.raises(ValueError, match=message):
+    experiment.check(by_depth(name, **changes))
+
+
+@pytest.mark.usefixtures('as_users_run_it')
+def test_a_model_without_stages(monkeypatch):
+  mlp = models.mlp
+  flat = lambda *args: mlp(*args)._replace(stages=None)
+  monkeypatch.setattr(models, 'mlp', flat)
+  with pytest.raises(ValueError, match='delay=by_depth needs a model that'):
+    experiment.check(by_depth())

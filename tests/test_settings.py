@@ -76,6 +76,10 @@ def test_the_default_config_is_open():
   config.replays = 3
   config.learning_rate = None
   settings.check(config)
+  for delay in (7, 'by_depth', 3):
+    config.delay = delay
+    settings.check(config)
+    assert config.to_dict()['delay'] == delay
   with pytest.raises(TypeError):
     config.workers = 'many'
 
@@ -95,7 +99,7 @@ def test_these_tests_know_every_setting():
 
 # One setting is wrong: (setting, value, what it must be).
 
-WRONG = []
+WRONG = [('delay', 'by_dept', 'an integer or by_depth')]
 for name in TEXTS:
   values = ['', None, 3, True, NAN, ('mlp',)]
   WRONG += [(name, value, 'a name') for value in values]
@@ -109,9 +113,10 @@ for name in TRUTHS:
 for name in [*LEAST, *OPTIONAL_LEAST]:
   least = (LEAST | OPTIONAL_LEAST)[name]
   more = ' or None' if name in OPTIONAL_LEAST else ''
+  wanted = 'an integer or by_depth' if name == 'delay' else 'an integer' + more
   values = [1.0, 1.5, NAN, math.inf, '3', True, (3,), np.float32(3)]
   values += [] if more else [None]
-  WRONG += [(name, value, 'an integer' + more) for value in values]
+  WRONG += [(name, value, wanted) for value in values]
   values = [least - 1, -7, np.int64(least - 1)]
   WRONG += [(name, value, f'at least {least}{more}') for value in values]
   WRONG += [(name, value, f'below 2**31{more}') for value in [2**31, 2**70]]
@@ -201,6 +206,7 @@ RIGHT += [
   ('schedule', 'any'),
   ('optimizer', 'x'),
 ]
+RIGHT += [('delay', 'by_depth')]
 RIGHT += [('label_noise', value) for value in (0, 1, 0.5, np.float32(0.5))]
 RIGHT += [('validation_share', 0), ('train_share', 0.01), ('train_share', 0.79)]
 RIGHT += [('learning_rate', value) for value in (None, 0, 3, 0.1, 1e30)]
