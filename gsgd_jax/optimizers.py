@@ -7,6 +7,7 @@ forwards: an arrival and the replays after it share one rate.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ from gsgd_jax import settings
 _LOOKED_AT = 10_000  # Arrivals, in a check.
 _RATES = ('learning_rate', 'max_learning_rate')
 _UNSCHEDULED = ('rprop',)
+# Matrices at a network's ends, by the names of their layers: Muon's authors
+# leave those of a language model, embeddings and the output, to Adam.
+_OUTER = re.compile(
+  r'embed|^(wte|wpe|tokens|positions|logits|head)(_\d+)?$|_head(_\d+)?$'
+)
 _ALIASES = {
   'momentum': dict(momentum=0.9),
   'nesterov': dict(momentum=0.9, nesterov=True),
@@ -75,6 +81,11 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
   r"""An optax optimizer by its name.
 
+  ``'muon'`` orthogonalises matrices (parameters with two axes) but for those
+  whose path, in the parameters, has a name such as ``embedding``, ``tokens``,
+  ``positions``, ``logits``, ``head`` or ``lm_head``: these, and all that are no
+  matrices, are Adam's.
+
   Args:
     name: A function of ``optax`` or ``optax.contrib`` that takes a learning
       rate, such as ``'adamw'`` or ``'muon'``; or ``'momentum'`` or
@@ -106,7 +117,7 @@ def make(
   """
   settings.one_of('optimizer', name, names())
   factory = _factories()['sgd' if name in _ALIASES else name]
-  kwargs = {**_ALIASES.get(name, {}), **(kwargs or {})}
+  kwargs = {**_OWN.get(name, {}), **(kwargs or {})}
   parameters = inspect.signature(factory).parameters
   rate = next(r for r in _RATES if r in parameters)
   _check_arguments(f'optimizer {name}', kwargs, parameters, rate, learning_rate)
@@ -124,6 +135,25 @@ def make(
       'no schedule and no warm-up'
     )
   return driven(at, learning_rate, f'optimizer {name}')
+
+
+def _hidden_matrices(params):
+  """What Muon orthogonalises, as its argument says it."""
+
+  def of(path, x):
+    names = [str(getattr(k, 'key', getattr(k, 'name', ''))) for k in path]
+    outer = any(_OUTER.search(name.lower()) for name in names)
+    matrix = x.ndim == 2 and not outer
+    return optax.contrib.MuonDimensionNumbers() if matrix else None
+
+  return jax.tree_util.tree_map_with_path(of, params)
+
+
+# Arguments that are given unless others are.
+_OWN = {
+  **_ALIASES,
+  'muon': dict(muon_weight_dimension_numbers=_hidden_matrices),
+}
 
 
 def driven(

@@ -431,3 +431,58 @@ def test_a_model_without_stages(monkeypatch):
   monkeypatch.setattr(models, 'mlp', flat)
   with pytest.raises(ValueError, match='delay=by_depth needs a model that'):
     experiment.check(by_depth())
+
+
+# Muon.
+
+
+def labels_of(params):
+  """Whether Muon has a momentum of a parameter of its own, or Adam."""
+  state = optimizers.make('muon', 0.1).init(params)
+  moments = state.inner_states['muon'].inner_state[0].mu
+  masked = lambda x: isinstance(x, optax.MaskedNode)
+  return jax.tree.map(lambda m: not masked(m), moments, is_leaf=masked)
+
+
+@pytest.mark.usefixtures('as_users_run_it')
+def test_muon_leaves_the_ends_of_a_transformer_to_adam():
+  model = models.gpt(11, 4, layers=2, heads=2, width=4)
+  params = model.init(jax.random.key(0))
+  names = set()
+  flat, _ = jax.tree_util.tree_flatten_with_path(labels_of(params))
+  for path, is_muon in flat:
+    *_, stage, layer, leaf, _ = [str(getattr(k, 'key', k)) for k in (0, *path)]
+    names |= {(stage, layer)} if is_muon else set()
+    assert not is_muon or leaf == 'kernel'
+  matrices = ('query', 'key', 'value', 'mix', 'expand', 'contract')
+  assert names == {(block, name) for block in '12' for name in matrices}
+
+
+@pytest.mark.parametrize(
+  'path, orthogonalised',
+  [
+    ('wte', False),
+    ('Embed_0', False),
+    ('token_embedding', False),
+    ('lm_head', False),
+    ('Head_0', False),
+    ('logits', False),
+    ('attention_heads', True),
+    ('multi_head_attention', True),
+    ('Dense_0', True),
+  ],
+)
+def test_the_ends_by_name(path, orthogonalised):
+  params = {'params': {path: {'kernel': jnp.ones([2, 3]), 'bias': jnp.ones(3)}}}
+  labels = labels_of(params)['params'][path]
+  assert labels == {'kernel': orthogonalised, 'bias': False}
+
+
+@pytest.mark.usefixtures('as_users_run_it')
+def test_muon_of_an_mlp_is_that_of_optax():
+  params = models.mlp(3, [4], 3).init(jax.random.key(0))
+  expected, actual = (
+    jax.jit(lambda p, tx=tx: tx.update(p, tx.init(p), p))(params)
+    for tx in (optax.contrib.muon(0.1), optimizers.make('muon', 0.1))
+  )
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
