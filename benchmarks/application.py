@@ -27,11 +27,12 @@ from absl import app, flags
 
 from benchmarks import timing
 from gsgd_jax import (
+  data,
   events,
   experiment,
-  models,
   programs,
   settings,
+  tasks,
   transformation,
   worker_params,
 )
@@ -40,9 +41,8 @@ _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds that are timed.')
 _TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 
 
-def bare_scan(config, method, model, datasets):
+def bare_scan(config, method, loss_fn, datasets):
   """A compiled `(seeds, params, arrays, rows) -> params`."""
-  loss_fn = models.cross_entropy(model)
   batch_like = transformation.batch_like_of(config, method, datasets[0])
   filling = transformation.filling_calls(config, method)
 
@@ -83,10 +83,11 @@ def all_rows(config, method, datasets):
   """Rows of every call of a run."""
   filling = transformation.filling_calls(config, method)
   calls = config.updates + filling
-  pieces = []
-  for first in range(0, calls, programs.padded(config)):
-    length = min(programs.padded(config), calls - first)
-    rows = programs.rows_of(config, method, datasets, first, length)
+  feed = programs.Feed(config, method, datasets, keyed=False)
+  room, pieces = programs.padded(config, datasets[0]), []
+  for first in range(0, calls, room):
+    length = min(room, calls - first)
+    rows = feed.rows(first, length)
     pieces.append(jax.tree.map(lambda r, n=length: r[:, :n], rows))
   return jax.tree.map(lambda *r: np.concatenate(r, axis=1), *pieces)
 
@@ -94,13 +95,13 @@ def all_rows(config, method, datasets):
 def make_bare(config):
   """For each method, a function that trains it once and waits."""
   datasets = [experiment._load(config, s) for s in range(config.seeds)]
-  model = experiment.make_model(config, datasets[0])
-  arrays = experiment._arrays(datasets)
-  params = experiment._initial_params(model, config.seeds)
+  task = tasks.make(config, datasets[0])
+  arrays = data.stacked(datasets)
+  params = experiment._initial_params(task.model, config.seeds)
   seeds = jnp.arange(config.seeds)
   out = {}
   for method in events.methods(config):
-    run = bare_scan(config, method, model, datasets)
+    run = bare_scan(config, method, task.loss_fn, datasets)
     rows = jax.device_put(all_rows(config, method, datasets))
     compiled = run.lower(seeds, params, arrays, rows).compile()
     out[method.name] = lambda f=compiled, r=rows: jax.block_until_ready(

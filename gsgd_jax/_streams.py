@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gsgd_jax import _prepared, data
+from gsgd_jax import _prepared, batches
 
 _CHUNK = 64  # Images that a thread decodes in turn.
-_BUFFER = 2**28  # Bytes of images that a stream reads ahead.
+_BUFFER = 2**27  # Bytes of images that a stream reads ahead.
 
 
 class Images(NamedTuple):
@@ -99,7 +99,9 @@ class Streamed:
       for done in pool.map(do_some, range(0, len(rows), _CHUNK)):
         bar.update(done)
 
-  def batches(self, rows: Sequence[int], batch_size: int, seed: int):
+  def batches(
+    self, rows: Sequence[int], batch_size: int, seed: int
+  ) -> 'Stream':
     """Batches of some of the records, read ahead in threads.
 
     Args:
@@ -109,7 +111,7 @@ class Streamed:
 
     Returns:
       A ``Stream``, whose batch of a step holds the records
-      ``rows[data.batch_rows(n, batch_size, seed, step)]``.
+      ``rows[batches.batch_rows(n, batch_size, seed, step)]``.
 
     Raises:
       ValueError: `batch_size` is out of range.
@@ -188,8 +190,12 @@ class Stream:
       self.restore({'next_index': first_step})
     (batch_size,), shape = self._shape
     taken = _empty((length, batch_size), shape)
-    for i in range(length):
-      taken.inputs[i], taken.labels[i] = next(self._iterator)
+    try:
+      for i in range(length):
+        taken.inputs[i], taken.labels[i] = next(self._iterator)
+    except BaseException:  # It has lost a batch without counting it.
+      self.restore({'next_index': first_step})
+      raise
     return taken
 
   def position(self) -> dict[str, int]:
@@ -217,7 +223,7 @@ class _Batches(NamedTuple):
     return 2**31
 
   def __getitem__(self, step):
-    rows = data.batch_rows(len(self.rows), self.batch_size, self.seed, step)
+    rows = batches.batch_rows(len(self.rows), self.batch_size, self.seed, step)
     return tuple(self.images.gather(self.rows[rows]))
 
 

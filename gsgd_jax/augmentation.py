@@ -46,7 +46,7 @@ def crop_and_flip(
   Args:
     images: Any dtype, shape ``(batch, height, width, channels)``.
     keys: Raw data of a key each, uint32, shape ``(batch, 2)``, as
-      :func:`gsgd_jax.data.batch_keys` gives them.
+      :func:`gsgd_jax.batches.batch_keys` gives them.
     padding: Pixels on each side, at least 0.
 
   Returns:
@@ -58,9 +58,9 @@ def crop_and_flip(
 
   Examples:
     >>> import numpy as np
-    >>> from gsgd_jax import augmentation, data
+    >>> from gsgd_jax import augmentation, batches
     >>> images = np.arange(2 * 9, dtype=np.uint8).reshape(2, 3, 3, 1)
-    >>> keys = data.batch_keys(2, seed=0, step=0)
+    >>> keys = batches.batch_keys(2, seed=0, step=0)
     >>> augmented = augmentation.crop_and_flip(images, keys, padding=1)
     >>> print(augmented.shape, augmented.dtype)
     (2, 3, 3, 1) uint8

@@ -1,38 +1,156 @@
-"""Data sets in memory, and batches that are a function of (seed, step).
+"""Data sets: tables, images and text, split into three.
 
-Nothing but the step is needed to go on: `batch_rows` and `verification_rows`
-depend on the seed and the step alone.
+Which examples a batch holds is said by `batches`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gsgd_jax import settings, sources
+from gsgd_jax import batches, images, settings, sources
 
 
 class Examples(NamedTuple):
-  """Examples of one split."""
+  """Examples of one split, or of a batch."""
 
-  inputs: np.ndarray  # shape=(n, features), float32.
+  # shape=(n, features), float32; images (n, height, width, channels), uint8;
+  # of a batch of text (n, context), int32.
+  inputs: np.ndarray
   labels: np.ndarray  # shape=(n,), int32: positions in the classes.
+  # shape=(n, 2), uint32: a random key for each example of a batch, or None.
+  keys: np.ndarray | None = None
+
+
+class Text(NamedTuple):
+  """A stretch of text; its examples are the windows of one context."""
+
+  tokens: np.ndarray  # shape=(n,), int32: positions in the classes.
+
+
+class Stream(NamedTuple):
+  """Training images that are read as they are needed."""
+
+  source: images.Streamed
+  rows: np.ndarray  # shape=(n,): their record numbers.
+
+  def batches(self, batch_size: int, seed: int) -> images.Stream:
+    """Their batches, a function of (seed, step)."""
+    return self.source.batches(self.rows, batch_size, seed)
 
 
 class Dataset(NamedTuple):
-  """A classification data set, split into three."""
+  """A data set, split into three.
+
+  Attributes:
+    name: As given to `load`.
+    classes: What labels are the positions of; of text its characters.
+    train: Of a streamed set a sample of it, for verification and measuring.
+    validation: None where its share is 0.
+    test: As `train`.
+    shape: Of an example's inputs: ``(features,)``, ``(height, width,
+      channels)``, ``(context,)``.
+    scale: Of images whose pixels are to be scaled, the mean and the standard
+      deviation of each channel, of values in [0, 1].
+    stream: Training images that are read as they are needed, or None.
+  """
 
   name: str
   classes: tuple[str, ...]
-  train: Examples
-  validation: Examples | None  # None where its share is 0.
-  test: Examples
+  train: Examples | Text
+  validation: Examples | Text | None
+  test: Examples | Text
+  shape: tuple[int, ...]
+  scale: tuple[np.ndarray, np.ndarray] | None = None
+  stream: Stream | None = None
+
+  @property
+  def examples(self) -> int:
+    """Training examples: an epoch is a pass over so many."""
+    if self.stream is not None:
+      return len(self.stream.rows)
+    return self.count(self.train)
+
+  def count(self, split: Examples | Text) -> int:
+    """Examples of a split; of text, windows that do not overlap."""
+    if isinstance(split, Text):
+      return (len(split.tokens) - 1) // self.shape[0]
+    return len(split.labels)
+
+  def take(self, split: Examples | Text, rows: jax.Array) -> Examples:
+    """The examples of some rows, whose first axis they keep.
+
+    Args:
+      split: One of this set's, of JAX arrays.
+      rows: Row numbers, int32, shape ``(n,)``; of text, where windows begin.
+
+    Returns:
+      ``Examples``; those of text predict, at every position, the next token.
+    """
+    if isinstance(split, Text):
+      context = self.shape[0]
+      window = rows[:, None] + np.arange(context + 1, dtype=np.int32)[None]
+      tokens = split.tokens[window]
+      return Examples(tokens[:, :-1], tokens[:, 1:])
+    return Examples(split.inputs[rows], split.labels[rows])
+
+  def rows_in_order(self, split: Examples | Text, numbers: Any) -> Any:
+    """The rows of a split's examples number 0, 1, ..."""
+    return numbers * self.shape[0] if isinstance(split, Text) else numbers
+
+  def batch_rows(self, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The rows of a step's batch; see :func:`gsgd_jax.batches.batch_rows`.
+
+    Text is cut into windows at another place in every epoch.
+    """
+    rows = batches.batch_rows(self.examples, batch_size, seed, step)
+    if not isinstance(self.train, Text):
+      return rows
+    context = self.shape[0]
+    epoch = step // (self.examples // batch_size)
+    begin = np.random.default_rng([seed, _CUT, epoch]).integers(context)
+    last = len(self.train.tokens) - context - 1
+    return np.minimum(rows * context + begin, last).astype(np.int32)
+
+  def verification_rows(self, seed: int, step: int) -> np.ndarray:
+    """The rows of a step's sample; see :func:`verification_rows`."""
+    if not isinstance(self.train, Text):
+      return batches.verification_rows(self.count(self.train), seed, step)
+    rows = batches.verification_rows(self.examples, seed, step)
+    return rows * self.shape[0]
+
+
+def axes(datasets: list[Dataset]) -> Any:
+  """For each array of the splits: 0 if seeds differ in it, else None."""
+  splits = [(d.train, d.validation, d.test) for d in datasets]
+  return jax.tree.map(_axis, *splits)
+
+
+def stacked(datasets: list[Dataset]) -> Any:
+  """(train, validation or None, test) of all seeds.
+
+  Arrays in which seeds differ have a leading axis of seeds, see `axes`.
+  """
+
+  def joined(*arrays):
+    return (
+      jnp.asarray(arrays[0]) if _axis(*arrays) is None else jnp.stack(arrays)
+    )
+
+  splits = [(d.train, d.validation, d.test) for d in datasets]
+  return jax.tree.map(joined, *splits)
+
+
+def _axis(array, *others):
+  shared = others and all(other is array for other in others)
+  return None if shared else 0
 
 
 # What a generator is seeded with beside the user's seed.
-_SPLIT, _BATCH, _VERIFICATION, _NOISE, _KEYS = range(5)
-MOST_VERIFICATION = 100  # Examples in a sample.
-_BLOCK = 64  # Steps whose samples, or keys, are drawn by one generator.
+_SPLIT, _NOISE, _CUT = 0, 3, 4  # Others are of `batches`.
+_SAMPLE = 10_000  # Examples of a streamed split that are held in memory.
 
 
 def load(
@@ -44,6 +162,10 @@ def load(
   train_share: float = 0.6,
   validation_share: float = 0.2,
   label_noise: float = 0.0,
+  context: int | None = None,
+  data_dir: str | None = None,
+  image_size: int | None = None,
+  stream: bool | None = None,
 ) -> Dataset:
   r"""A data set, split at random, scaled, and noisy where that is asked for.
 
@@ -55,9 +177,16 @@ def load(
   (which the test rows leak into), and a constant 1 is prepended; its split is
   ``train_share=0.6, validation_share=0``.
 
+  Image sets by their tensorflow-datasets names have a test split of their own:
+  ``validation_share`` is of their training split, and the split is the same for
+  every seed. So it is for text, of which the first ``train_share`` is trained
+  on, and the last part is for testing.
+
   Args:
     name: What :func:`gsgd_jax.sources.read` knows: ``'digits'``,
-      ``'breast_cancer'``, ``'iris'``, ``'wine'``, a file, ``'openml:NAME'``.
+      ``'breast_cancer'``, ``'iris'``, ``'wine'``, a file, ``'openml:NAME'``;
+      ``'tfds:NAME'``, see :func:`gsgd_jax.images.read`; with a ``context``, a
+      text file.
     seed: Decides the split and the noise, an int of at least 0.
     target: The column of the classes, for CSV files and OpenML.
     preprocessing: ``'standard'`` or ``'author'``.
@@ -65,10 +194,15 @@ def load(
     validation_share: Share to validate on, in [0, 1); 0 leaves no such split.
       The rest is for testing.
     label_noise: Share of the training labels, in [0, 1], that are flipped to
-      another class, drawn at random.
+      another class, drawn at random; not of text, nor of what is streamed.
+    context: Characters that a language model sees at once; the file is text.
+    data_dir: Where tensorflow-datasets' sets are; None is its default.
+    image_size: Side to which its images are resized, or None.
+    stream: Whether its images are read as they are needed; None where they
+      would take much of the memory.
 
   Returns:
-    A ``Dataset``.
+    A ``Dataset``. Seeds share arrays that do not differ between them.
 
   Raises:
     ValueError: The data are unknown or malformed; a split is empty; the
@@ -78,12 +212,31 @@ def load(
   Examples:
     >>> from gsgd_jax import data
     >>> digits = data.load('digits', seed=0)
-    >>> print(*(len(s.labels) for s in digits[2:]), len(digits.classes))
+    >>> print(*(len(s.labels) for s in digits[2:5]), len(digits.classes))
     1078 359 360 10
   """
   settings.one_of('preprocessing', preprocessing, _PREPROCESSING)
   if not 0 <= label_noise <= 1:
     raise ValueError(f'label_noise must be from 0 to 1, got {label_noise}')
+  if context is not None or name.startswith(images.PREFIX):
+    for setting, given in (
+      ('target', target is not None),
+      ('preprocessing', preprocessing != 'standard'),
+    ):
+      if given:
+        raise ValueError(f'{setting} is of tables, and {name} is none')
+  if context is not None:
+    if label_noise:
+      raise ValueError(f'label_noise is of labels, and {name} is read as text')
+    return _text(name, context, train_share, validation_share)
+  if name.startswith(images.PREFIX):
+    dataset = _images(name, validation_share, data_dir, image_size, stream)
+    if not label_noise:
+      return dataset
+    if dataset.stream is not None:
+      raise ValueError(f'label_noise is not for streamed sets such as {name}')
+    train = _noisy(dataset.train, len(dataset.classes), label_noise, seed)
+    return dataset._replace(train=train)
   source = sources.read(name, target)
   order = np.random.default_rng([seed, _SPLIT]).permutation(len(source.labels))
   rows = _split(name, order, train_share, validation_share)
@@ -104,17 +257,65 @@ def load(
       f'the {len(rows[0])} training examples of {name}, seed {seed}, are all '
       'of one class; give more data or a larger train_share'
     )
-  return Dataset(name, source.classes, train, *splits[1:])
+  shape = sources.IMAGES.get(name, inputs.shape[1:])
+  if preprocessing == 'author':  # A constant 1 is no pixel.
+    shape = inputs.shape[1:]
+  return Dataset(name, source.classes, train, *splits[1:], shape)
 
 
-def _split(name, order, train_share, validation_share):
+@functools.cache
+def _text(name, context, train_share, validation_share):
+  """Text in one piece, cut where the shares end."""
+  tokens, classes = sources.read_text(name)
+  order = np.arange(len(tokens), dtype=np.int32)
+  parts = _split(name, order, train_share, validation_share)
+  for part, rows in zip(_PARTS, parts, strict=True):
+    if len(rows) <= context and (part != 'validation' or len(rows)):
+      raise ValueError(
+        f'{name} is too short: its {len(tokens):,} characters leave '
+        f'{len(rows):,} for {part}, and context={context} needs '
+        f'{context + 1:,}; give a longer text or a smaller context'
+      )
+  splits = [Text(tokens[rows]) if len(rows) else None for rows in parts]
+  return Dataset(name, classes, *splits, (context,))
+
+
+@functools.cache
+def _images(name, validation_share, data_dir, image_size, stream):
+  """An image set; of what is streamed, samples are held in memory."""
+  read = images.read(name, data_dir, image_size=image_size, stream=stream)
+  order = np.random.default_rng(_SPLIT).permutation(read.train.examples)
+  rows = _split(name, order, 1 - validation_share, validation_share, test=False)
+  sources_ = (read.train, read.train, read.test)
+  rows = (*rows[:2], np.arange(read.test.examples))
+  splits = [
+    _held(source, part) if len(part) else None
+    for source, part in zip(sources_, rows, strict=True)
+  ]
+  stream = None
+  if isinstance(read.train, images.Streamed):
+    stream = Stream(read.train, rows[0])
+  scale = (read.mean, read.deviation)
+  return Dataset(name, read.classes, *splits, read.shape, scale, stream)
+
+
+def _held(source, rows):
+  """Images in memory; of what is streamed, a sample."""
+  if isinstance(source, images.Streamed):
+    return Examples(*source.read(rows[:_SAMPLE]))
+  return Examples(*source.gather(rows))
+
+
+_PARTS = ('training', 'validation', 'testing')
+
+
+def _split(name, order, train_share, validation_share, test=True):
   # A share such as 0.29 of 100 is 28.999999999999996 in floating point.
   count = lambda share: int(share * len(order) + 1e-9)
   ends = np.cumsum([count(train_share), count(validation_share)])
   rows = np.split(order, ends)
-  names = ('training', 'validation', 'testing')
-  wanted = (True, validation_share > 0, True)
-  for split, part, want in zip(rows, names, wanted, strict=True):
+  wanted = (True, validation_share > 0, test)
+  for split, part, want in zip(rows, _PARTS, wanted, strict=True):
     if want and not len(split):
       raise ValueError(
         f'the {len(order)} examples of {name} leave none for {part} '
@@ -150,102 +351,3 @@ def _noisy(train, classes, share, seed):
   shift = generator.integers(1, classes, size=len(flipped), dtype=np.int32)
   labels[flipped] = (labels[flipped] + shift) % classes
   return train._replace(labels=labels)
-
-
-def batch_rows(
-  examples: int, batch_size: int, seed: int, step: int
-) -> np.ndarray:
-  """The rows of the batch of a step: epochs without replacement.
-
-  Every epoch has an order of its own; what is left over at its end is dropped.
-
-  Args:
-    examples: Number of training examples.
-    batch_size: At most ``examples``.
-    seed: An int of at least 0.
-    step: From 0.
-
-  Returns:
-    Row numbers, int32, shape ``(batch_size,)``.
-
-  Examples:
-    >>> from gsgd_jax import data
-    >>> rows = [data.batch_rows(6, 2, seed=0, step=s) for s in range(3)]
-    >>> print(sorted(int(i) for row in rows for i in row))
-    [0, 1, 2, 3, 4, 5]
-  """
-  epoch, position = divmod(step, examples // batch_size)
-  order = _epoch_order(examples, seed, epoch)
-  return order[position * batch_size : (position + 1) * batch_size]
-
-
-@functools.lru_cache(maxsize=4096)
-def _epoch_order(examples, seed, epoch):
-  order = np.random.default_rng([seed, _BATCH, epoch]).permutation(examples)
-  return order.astype(np.int32)
-
-
-def verification_size(examples: int) -> int:
-  """``min(100, examples // 10)``, at least 1 (guided SGD's sample).
-
-  Examples:
-    >>> from gsgd_jax import data
-    >>> print(data.verification_size(341), data.verification_size(10**6))
-    34 100
-  """
-  return max(1, min(MOST_VERIFICATION, examples // 10))
-
-
-def verification_rows(examples: int, seed: int, step: int) -> np.ndarray:
-  """Guided SGD's verification sample of a step: drawn with replacement.
-
-  Args:
-    examples: Number of training examples.
-    seed: An int of at least 0.
-    step: From 0.
-
-  Returns:
-    Row numbers, int32, shape ``(verification_size(examples),)``.
-
-  Examples:
-    >>> from gsgd_jax import data
-    >>> data.verification_rows(1078, seed=0, step=7).shape
-    (100,)
-  """
-  block, position = divmod(step, _BLOCK)
-  return _verification_block(examples, seed, block)[position]
-
-
-@functools.lru_cache(maxsize=1024)
-def _verification_block(examples, seed, block):
-  # A generator costs more than a sample, so it draws many.
-  generator = np.random.default_rng([seed, _VERIFICATION, block])
-  size = (_BLOCK, verification_size(examples))
-  return generator.integers(examples, size=size, dtype=np.int32)
-
-
-def batch_keys(size: int, seed: int, step: int) -> np.ndarray:
-  """Random keys for the examples of a step's batch, one each.
-
-  Args:
-    size: Number of keys, at least 1.
-    seed: An int of at least 0.
-    step: From 0.
-
-  Returns:
-    Raw key data for ``jax.random.wrap_key_data(keys, impl='threefry2x32')``,
-    uint32, shape ``(size, 2)``.
-
-  Examples:
-    >>> from gsgd_jax import data
-    >>> data.batch_keys(16, seed=0, step=7).shape
-    (16, 2)
-  """
-  block, position = divmod(step, _BLOCK)
-  return _key_block(size, seed, block)[position]
-
-
-@functools.lru_cache(maxsize=256)
-def _key_block(size, seed, block):
-  generator = np.random.default_rng([seed, _KEYS, block])
-  return generator.integers(2**32, size=(_BLOCK, size, 2), dtype=np.uint32)

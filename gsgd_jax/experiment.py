@@ -15,10 +15,10 @@ from gsgd_jax import (
   compensations,
   data,
   events,
-  models,
   optimizers,
   parallel,
   settings,
+  tasks,
   training,
   transformation,
 )
@@ -50,40 +50,43 @@ def check(config: ml_collections.ConfigDict) -> None:
   for method in named:
     rate = transformation.learning_rate(config, method)
     optimizers.check_rates(config.schedule, rate, config.updates)
-  model = make_model(config, dataset)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  batch_like = transformation.batch_like_of(config, named[0], dataset)
-  loss_fn = models.cross_entropy(model)
+  task = tasks.make(config, dataset)
+  loss_fn = task.loss_fn
+  params = jax.eval_shape(task.model.init, jax.random.key(0))
+  batch_like_of = lambda method: transformation.batch_like_of(
+    config, method, dataset, task.keyed
+  )
   optimizers.dry_run(
     transformation.make_optimizer(config, loss_fn),
     params,
     config.optimizer + transformation.shown_kwargs(config),
     value=jax.ShapeDtypeStruct([], jnp.float32),
-    batch=batch_like,
+    batch=batch_like_of(named[0]),
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
   mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
   _check_divides(config, named, devices.number)
   for method in named:
     _check_pieces(config, method, devices.number)
+  stages = task.model.stages
   for method in named:
-    batch_like = transformation.batch_like_of(config, method, dataset)
+    batch_like = batch_like_of(method)
     tx = transformation.make_transformation(
-      config, method, loss_fn, batch_like, stages=model.stages
+      config, method, loss_fn, batch_like, stages=stages
     )
     if transformation.by_depth(config, method):
       _check_layers(config, method, tx, params)
     if method.compensation is not None:
       inside = transformation.arriving(config, method, batch_like)
       parts = transformation.compensation_of(
-        config, method, loss_fn, inside, model.stages
+        config, method, loss_fn, inside, stages
       )
       _check_joined(config, method, parts.joined)
       _check_compensation(config, method, tx, params, batch_like)
     init, room = tx.init, 0
     if devices.number > 1:
       apart = transformation.make_parallel(
-        config, method, loss_fn, batch_like, devices, stages=model.stages
+        config, method, loss_fn, batch_like, devices, stages=stages
       )
       init, room = apart.local_init, apart.room
     state = jax.eval_shape(init, params)
@@ -127,7 +130,7 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config = config.copy_and_resolve_references()
   dataset = _load(config, 0)
   _check_batches(config, dataset)
-  batches = len(dataset.train.labels) // config.batch_size
+  batches = dataset.examples // config.batch_size
   if config.epochs is not None:
     config.updates = max(1, round(config.epochs * batches))
   if config.evaluate_epochs is not None:
@@ -149,7 +152,7 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def _check_batches(config, dataset):
   """A batch holds no example twice."""
-  examples = len(dataset.train.labels)
+  examples = dataset.examples
   for name in ('batch_size', 'split_batch_size'):
     if (config[name] or 0) > examples:
       raise ValueError(
@@ -368,15 +371,15 @@ def stream(
   check(config)
   config = resolved(config)
   datasets = [_load(config, seed) for seed in range(config.seeds)]
-  model = make_model(config, datasets[0])
+  task = tasks.make(config, datasets[0])
   mesh = parallel.make_mesh(config.devices)
-  arrays = parallel.everywhere(mesh, _arrays(datasets))
-  params = parallel.everywhere(mesh, _initial_params(model, config.seeds))
+  arrays = parallel.everywhere(mesh, data.stacked(datasets))
+  params = parallel.everywhere(mesh, _initial_params(task.model, config.seeds))
   for method in events.methods(config):
     yield events.Started(method)
     traced = profile_to and profile_to / method.name
     yield from training.train(
-      config, method, model, datasets, params, arrays, mesh, traced
+      config, method, task, datasets, params, arrays, mesh, traced
     )
 
 
@@ -389,26 +392,14 @@ def _load(config, seed):
     train_share=config.train_share,
     validation_share=config.validation_share,
     label_noise=config.label_noise,
+    context=config.context if config.model == 'gpt' else None,
+    data_dir=config.data_dir,
+    image_size=config.image_size,
+    stream=config.stream,
   )
-
-
-def _arrays(datasets):
-  """(train, validation or None, test) with a leading axis of seeds."""
-  splits = [(d.train, d.validation, d.test) for d in datasets]
-  return jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)
 
 
 def _initial_params(model, seeds):
   # A map, not a vmap: random numbers of many seeds compile three times slower.
   keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
   return jax.jit(lambda keys: jax.lax.map(model.init, keys))(keys)
-
-
-def make_model(
-  config: ml_collections.ConfigDict, dataset: data.Dataset
-) -> models.Model:
-  """The model of a config."""
-  features = dataset.train.inputs.shape[1]
-  if config.model == 'mlp':
-    return models.mlp(features, config.hidden, len(dataset.classes))
-  return models.softmax_regression(features, len(dataset.classes))

@@ -2,8 +2,8 @@
 
 The records are read as tensorflow-datasets prepared them, in its array_record
 format, by `tfds.data_source`; TensorFlow is only needed to prepare them. In
-memory or streamed, a step has the same batch: `gsgd_jax.data.batch_rows` says
-which of the training records it holds.
+memory or streamed, a step has the same batch: `batches.batch_rows` says which
+of the training records it holds.
 """
 
 import functools
@@ -14,9 +14,18 @@ from typing import NamedTuple
 import numpy as np
 
 from gsgd_jax import _prepared
+from gsgd_jax._prepared import PREFIX
 from gsgd_jax._streams import Images, Stream, Streamed
 
-__all__ = ['ImageSet', 'Images', 'Stream', 'Streamed', 'memory_limit', 'read']
+__all__ = [
+  'PREFIX',
+  'ImageSet',
+  'Images',
+  'Stream',
+  'Streamed',
+  'memory_limit',
+  'read',
+]
 
 MOST_SAMPLED = 2_000  # Images of a streamed set that give its mean.
 _SAMPLE = 5  # What the generator of the sample is seeded with.
@@ -165,6 +174,11 @@ def _classes(prepared, shape):
       f'is {_described(feature)}'
     )
   if getattr(feature, 'num_classes', None):
+    if feature.num_classes < 2:
+      raise ValueError(
+        f'{name} holds one class only ({feature.int2str(0)}); classification '
+        'needs two or more'
+      )
     return range(feature.num_classes)
   train = Streamed(prepared, prepared.train, shape, {})
   classes = np.unique(train.labels_of(range(train.examples))).tolist()

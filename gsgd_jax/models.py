@@ -27,13 +27,20 @@ _CNNS = {  # Channels of the convolutions between poolings; hidden units.
 }
 
 
-def mlp(inputs: int, hidden: Sequence[int], classes: int) -> Model:
+def mlp(
+  inputs: int,
+  hidden: Sequence[int],
+  classes: int,
+  *,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> Model:
   """A multilayer perceptron; images and the like are flattened.
 
   Args:
     inputs: Number of features: of an image, pixels times channels.
     hidden: Units of each hidden layer; none is softmax regression.
     classes: Number of classes.
+    dtype: As in :func:`cnn`; ``None`` is that of the parameters.
 
   Returns:
     A ``Model``.
@@ -47,7 +54,7 @@ def mlp(inputs: int, hidden: Sequence[int], classes: int) -> Model:
     4810
   """
   sizes = (inputs, *hidden, classes)
-  return functions_of(lambda rngs: networks.MLP(sizes, rngs=rngs))
+  return functions_of(lambda rngs: networks.MLP(sizes, dtype=dtype, rngs=rngs))
 
 
 def softmax_regression(inputs: int, classes: int) -> Model:

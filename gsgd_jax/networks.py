@@ -18,11 +18,18 @@ from gsgd_jax import layers
 class MLP(nnx.Module):
   """Linear layers with ReLU between them; no hidden layer, no ReLU."""
 
-  def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    sizes: Sequence[int],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    rngs: nnx.Rngs,
+  ):
     self.layers = nnx.List(
-      nnx.Linear(n_in, n_out, rngs=rngs)
+      nnx.Linear(n_in, n_out, dtype=dtype, rngs=rngs)
       for n_in, n_out in itertools.pairwise(sizes)
     )
+    self.dtype = dtype
 
   def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     del keys
@@ -30,7 +37,8 @@ class MLP(nnx.Module):
     *hidden, last = self.layers
     for layer in hidden:
       x = nnx.relu(layer(x))
-    return last(x)
+    x = last(x)
+    return x if self.dtype is None else x.astype(layers.wide(self.dtype))
 
 
 class CNN(nnx.Module):

@@ -5,6 +5,7 @@ calls at a time. On one device it takes call by call; on several each method
 has its own way (`transformation.parallel_kind`), all of them under `shard_map`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,13 +18,13 @@ from jax import custom_batching
 
 from gsgd_jax import (
   _protocol,
-  accumulation,
+  batches,
   data,
   diagnostics,
   events,
-  models,
   optimizers,
   parallel,
+  tasks,
   transformation,
   worker_params,
 )
@@ -32,7 +33,8 @@ from gsgd_jax import (
 class Rows(NamedTuple):
   """The rows that a chunk of calls reads; leading axes (seeds, calls)."""
 
-  batch: np.ndarray
+  batch: Any  # Row numbers; or the examples themselves, where they stream.
+  keys: np.ndarray | None  # A key for each example.
   verification: np.ndarray | None
 
 
@@ -86,25 +88,26 @@ class Programs(NamedTuple):
 def make(
   config: ml_collections.ConfigDict,
   method: events.Method,
-  model: models.Model,
+  task: tasks.Task,
   datasets: list[data.Dataset],
   mesh: jax.sharding.Mesh,
 ) -> Programs:
   """The programs of a method on the devices of a mesh."""
-  settings = _Settings(config, method, model, datasets)
+  settings = _Settings(config, method, task, datasets)
   if mesh.size > 1:
     return _many_devices(settings, mesh)
   init_one, advance_one = _one_device(settings)
   axes = _axes(settings, init_one, advance_one)
+  own = data.axes(datasets)
   return Programs(
     jax.jit(jax.vmap(init_one, out_axes=axes)),
     jax.jit(
       jax.vmap(
-        advance_one, in_axes=(axes, 0, 0, None, None), out_axes=(axes, 0, 0)
+        advance_one, in_axes=(axes, own, 0, None, None), out_axes=(axes, 0, 0)
       ),
       donate_argnums=0,
     ),
-    jax.jit(jax.vmap(_measure(model))),
+    jax.jit(jax.vmap(task.measure, in_axes=(0, own))),
     lambda rows, pace: (rows, pace),
   )
 
@@ -112,80 +115,133 @@ def make(
 class _Settings(NamedTuple):
   config: ml_collections.ConfigDict
   method: events.Method
-  model: models.Model
+  task: tasks.Task
   datasets: list[data.Dataset]
 
   def make(self, how, *where):
     """What trains, of a seed; `how` says on what."""
+    batch_like = transformation.batch_like_of(
+      self.config, self.method, self.datasets[0], self.task.keyed
+    )
     return how(
       self.config,
       self.method,
-      self.loss_fn,
-      transformation.batch_like_of(self.config, self.method, self.datasets[0]),
+      self.task.loss_fn,
+      batch_like,
       *where,
-      stages=self.model.stages,
+      stages=self.task.model.stages,
     )
 
-  @property
-  def loss_fn(self):
-    return accumulation.in_pieces(
-      models.cross_entropy(self.model), self.config.accumulate
-    )
+  def batch(self, train, batch, keys):
+    """A batch, from its rows."""
+    dataset = self.datasets[0]
+    if dataset.stream is None:
+      batch = dataset.take(train, batch)
+    return batch._replace(keys=keys)
+
+  def verification(self, train, rows):
+    """The verification sample: without keys nothing is drawn."""
+    return self.datasets[0].take(train, rows)
 
   @property
   def filling(self):
     return transformation.filling_calls(self.config, self.method)
 
   def params(self):
-    return jax.eval_shape(self.model.init, jax.random.key(0))
+    return jax.eval_shape(self.task.model.init, jax.random.key(0))
 
 
-def padded(config: ml_collections.ConfigDict) -> int:
+def padded(config: ml_collections.ConfigDict, dataset: data.Dataset) -> int:
   """Calls that a chunk has room for; its rows take 64 MB, or are one call's."""
   size = max(config.batch_size, config.split_batch_size or 0)
-  numbers = size + data.MOST_VERIFICATION
+  numbers = size + batches.MOST_VERIFICATION
+  if dataset.stream is not None:  # The images themselves, bytes.
+    numbers += size * math.prod(dataset.shape) // 4
   room = 2**24 // (config.seeds * numbers)
   return max(1, min(config.evaluate_every, config.updates, 512, room))
 
 
-def rows_of(
-  config: ml_collections.ConfigDict,
-  method: events.Method,
-  datasets: list[data.Dataset],
-  first_call: int,
-  length: int,
-) -> Rows:
-  """Batches by call, verification samples by update; padded to one length."""
-  examples = len(datasets[0].train.labels)
-  filling = transformation.filling_calls(config, method)
-  batch_size = transformation.batch_size(config, method)
+class Feed:
+  """What chunks of calls read: batches by call, samples by update.
 
-  def stack(rows_of, size, offset):
-    rows = np.zeros([config.seeds, padded(config), size], np.int32)
-    for seed in range(config.seeds):
-      for i in range(length):
-        step = first_call + i - offset
-        if step >= 0:
-          rows[seed, i] = rows_of(examples, seed, step)
-    return rows
+  Args:
+    config: The run's settings.
+    method: What reads.
+    datasets: A data set for each seed.
+    keyed: Whether examples need keys.
+  """
 
-  batch = stack(
-    lambda examples, seed, step: data.batch_rows(
-      examples, batch_size, seed, step
-    ),
-    batch_size,
-    0,
-  )
-  verification = None
-  if method.select and config.verification and not config.stored_gradients:
-    size = data.verification_size(examples)
-    verification = stack(data.verification_rows, size, filling)
-  return Rows(batch, verification)
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    method: events.Method,
+    datasets: list[data.Dataset],
+    keyed: bool,
+  ):
+    self._datasets = datasets
+    self._keyed = keyed
+    self._room = padded(config, datasets[0])
+    self._filling = transformation.filling_calls(config, method)
+    self._size = transformation.batch_size(config, method)
+    self._samples = bool(
+      method.select and config.verification and not config.stored_gradients
+    )
+    self._streams = [
+      d.stream.batches(self._size, seed)
+      for seed, d in enumerate(datasets)
+      if d.stream is not None
+    ]
+
+  def rows(self, first_call: int, length: int) -> Rows:
+    """The rows of a chunk; padded to one length."""
+    of_seeds = [
+      self._of_seed(seed, first_call, length)
+      for seed in range(len(self._datasets))
+    ]
+    return jax.tree.map(lambda *rows: np.stack(rows), *of_seeds)
+
+  def _of_seed(self, seed, first_call, length):
+    dataset, calls = (
+      self._datasets[seed],
+      range(first_call, first_call + length),
+    )
+
+    def stack(rows_of, offset=0):
+      """What there is of each step, in the room of a chunk."""
+      rows = [
+        (i, rows_of(c - offset)) for i, c in enumerate(calls) if c >= offset
+      ]
+      like = rows[0][1] if rows else rows_of(0)
+      stacked = np.zeros([self._room, *like.shape], like.dtype)
+      for i, row in rows:
+        stacked[i] = row
+      return stacked
+
+    keys = verification = None
+    if dataset.stream is None:
+      batch = stack(lambda step: dataset.batch_rows(self._size, seed, step))
+    else:
+      batch = self._streamed(self._streams[seed], first_call, length)
+    if self._keyed:
+      keys = stack(lambda step: batches.batch_keys(self._size, seed, step))
+    if self._samples:
+      verification = stack(
+        lambda step: dataset.verification_rows(seed, step), self._filling
+      )
+    return Rows(batch, keys, verification)
+
+  def _streamed(self, stream, first_call, length):
+    """The examples of a chunk, likewise padded."""
+    taken = data.Examples(*stream.take(first_call, length))
+    pad = lambda x: np.concatenate(
+      [x, np.zeros([self._room - length, *x.shape[1:]], x.dtype)]
+    )
+    return jax.tree.map(pad, taken)
 
 
 def _one_device(settings):
   """`init` and `advance` of a seed, on one device alone."""
-  loss_fn = settings.loss_fn
+  loss_fn = settings.task.loss_fn
   filling = settings.filling
 
   def transformation_of(seed):
@@ -196,15 +252,14 @@ def _one_device(settings):
 
   def step(carry, arrays, rows):
     params, opt_state, calls, bad_call, bad_loss = carry
-    train = arrays[0]
-    batch = jax.tree.map(lambda x: x[rows.batch], train)
+    batch = settings.batch(arrays[0], rows.batch, rows.keys)
     value, grads = jax.value_and_grad(loss_fn)(
       worker_params(params, opt_state), batch
     )
     extra = {}
     if rows.verification is not None:
-      extra['verification'] = jax.tree.map(
-        lambda x: x[rows.verification], train
+      extra['verification'] = settings.verification(
+        arrays[0], rows.verification
       )
     # What a seed decides is in the state, so here any seed will do.
     updates, opt_state = transformation_of(0).update(
@@ -244,20 +299,22 @@ def _many_devices(settings, mesh):
   everywhere = parallel.EVERYWHERE
   # Of a batch that is split a host has the rows of its devices' shares alone.
   by_example = parallel.by_device(mesh, axis=2)
-  rows_specs = Rows(by_example if _splits(settings) else everywhere, everywhere)
+  of_batch = by_example if _splits(settings) else everywhere
+  rows_specs = Rows(of_batch, of_batch, everywhere)
   axes = _axes(settings, *_on_device(settings, parallel.Devices('', 1)))
+  own = data.axes(settings.datasets)
   init_one, advance_one = _on_device(settings, devices)
 
   def advance(carry, arrays, rows, length, pace):
     over_seeds = jax.vmap(
-      advance_one, in_axes=(axes, 0, 0, None, None), out_axes=(axes, 0, 0)
+      advance_one, in_axes=(axes, own, 0, None, None), out_axes=(axes, 0, 0)
     )
     # What the slowest host proposes.
     pace = devices.least(pace[0])
     return over_seeds(carry, arrays, rows, length, pace)
 
   def measure(evaluated, arrays):
-    over_seeds = jax.vmap(_measure(settings.model))
+    over_seeds = jax.vmap(settings.task.measure, in_axes=(0, own))
     return devices.by_the_first(over_seeds, evaluated, arrays)
 
   params = settings.params()
@@ -277,7 +334,9 @@ def _many_devices(settings, mesh):
   )
 
   def placed(rows, pace):
-    put = lambda x, spec: None if x is None else parallel.of_host(mesh, x, spec)
+    put = lambda tree, spec: jax.tree.map(
+      lambda x: parallel.of_host(mesh, x, spec), tree
+    )
     pace = np.full([mesh.size], pace, np.int32)
     return Rows(*map(put, rows, rows_specs)), put(
       pace, parallel.by_device(mesh)
@@ -301,7 +360,8 @@ def _splits(settings):
 
 def _on_device(settings, devices):
   """`init` and `advance` of a seed, on one of several devices."""
-  splits, room = _splits(settings), padded(settings.config)
+  splits = _splits(settings)
+  room = padded(settings.config, settings.datasets[0])
 
   def parallel_of(seed):
     return settings.make(transformation.make_parallel, devices, seed)
@@ -310,19 +370,27 @@ def _on_device(settings, devices):
     return _begin(params, parallel_of(seed).init(params))
 
   def calls_of(carry, train, rows):
-    pick = lambda numbers: jax.tree.map(lambda x: x[numbers], train)
+    of_call = lambda call: jax.tree.map(
+      lambda x: x[call], (rows.batch, rows.keys)
+    )
 
     def share(call):
-      numbers = rows.batch[call]
-      return pick(numbers if splits else devices.share(numbers))
+      batch = of_call(call)
+      return settings.batch(train, *(batch if splits else devices.share(batch)))
 
     def extras(call):
-      arrival = jnp.maximum(carry.calls + call - settings.filling, 0)
-      if rows.verification is None:
-        return dict(arrival=arrival)
-      return dict(arrival=arrival, verification=pick(rows.verification[call]))
+      extras = dict(
+        arrival=jnp.maximum(carry.calls + call - settings.filling, 0)
+      )
+      if rows.verification is not None:
+        extras['verification'] = settings.verification(
+          train, rows.verification[call]
+        )
+      return extras
 
-    return parallel.Calls(lambda call: pick(rows.batch[call]), share, extras)
+    return parallel.Calls(
+      lambda call: settings.batch(train, *of_call(call)), share, extras
+    )
 
   def advance_one(carry, arrays, rows, length, pace):
     method = parallel_of(0)
@@ -360,8 +428,8 @@ def _axes(settings, init_one, advance_one):
 
   dataset = settings.datasets[0]
   arrays = (dataset.train, dataset.validation, dataset.test)
-  rows = rows_of(*settings[:2], settings.datasets, 0, 1)
-  rows = jax.tree.map(lambda r: r[0], rows)
+  feed = Feed(*settings[:2], settings.datasets[:1], settings.task.keyed)
+  rows = jax.tree.map(lambda r: r[0], feed.rows(0, 1))
   return batched_axes(both, np.int32(0), settings.params(), arrays, rows)
 
 
@@ -387,25 +455,6 @@ def _results(carry, loss, pace):
   )
   # Copies, to be measured while the next chunk overwrites the carry.
   return totals, optimizers.evaluation_params(carry.params, state)
-
-
-def _measure(model):
-  """A function of parameters and the data sets' arrays."""
-  loss_fn = models.cross_entropy(model)
-  accuracy_fn = models.accuracy(model)
-
-  def measure(params, arrays):
-    measured = {}
-    names = ('train', 'validation', 'test')
-    for name, split in zip(names, arrays, strict=True):
-      nothing = split is None
-      loss = jnp.nan if nothing else loss_fn(params, split)
-      accuracy = jnp.nan if nothing else accuracy_fn(params, split)
-      measured[f'{name}_loss'] = jnp.asarray(loss)
-      measured[f'{name}_accuracy'] = jnp.asarray(accuracy)
-    return measured
-
-  return measure
 
 
 def _counted(state):

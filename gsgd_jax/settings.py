@@ -36,6 +36,14 @@ COMPENSATIONS = {
   'delayed_nesterov': 'delayed Nesterov',
 }
 BY_DEPTH = 'by_depth'  # A delay.
+MODELS = (
+  'mlp',
+  'softmax_regression',
+  'cnn_small',
+  'cnn_large',
+  'resnet20',
+  'gpt',
+)
 REPLAY_MODELS = ('serial', 'parallel', 'shared')
 
 
@@ -54,16 +62,34 @@ def default_config() -> ml_collections.ConfigDict:
     iris 16
   """
   config = ml_collections.ConfigDict()
-  # Data. dataset: digits, breast_cancer, iris, wine, a file, or openml:NAME.
+  # Data. dataset: digits, breast_cancer, iris, wine, a file, openml:NAME, or
+  # tfds:NAME, an image set of tensorflow-datasets; of gpt, a text file.
   config.dataset = 'digits'
   config.target = config_dict.placeholder(str)  # The column of the classes.
   config.preprocessing = 'standard'  # Or 'author'; see gsgd_jax.data.
   config.train_share = 0.6  # Of the examples;
   config.validation_share = 0.2  # the rest is for testing.
   config.label_noise = 0.0  # Share of training labels that are flipped.
-  # Model.
-  config.model = 'mlp'  # Or 'softmax_regression'.
-  config.hidden = (64,)  # Units of each hidden layer.
+  # Of tfds:NAME. Where prepared sets are (None: where tensorflow-datasets looks
+  # for them); the side to which images are resized; whether they are read as
+  # they are needed (None: what takes much of the memory is); what is done to
+  # training images at random: crop_and_flip (padded by 4, cropped, mirrored).
+  config.data_dir = config_dict.placeholder(str)
+  config.image_size = config_dict.placeholder(int)
+  config.stream = config_dict.placeholder(bool)
+  config.augmentation = config_dict.placeholder(str)
+  # Training examples that the training loss of large models is measured on.
+  config.measured = 10_000
+  # Model: one of MODELS.
+  config.model = 'mlp'
+  config.hidden = (64,)  # Of mlp: units of each hidden layer.
+  config.normalization = 'group'  # Of resnet20; or 'batch'.
+  config.context = 128  # Of gpt: characters that it sees at once,
+  config.layers = 5  # its blocks,
+  config.heads = 4  # their attention heads,
+  config.width = 128  # and features.
+  config.dropout = 0.0  # Of gpt and the CNNs.
+  config.dtype = 'float32'  # Of activations; or 'bfloat16'.
   # Methods, side by side: each PARALLEL[+COMPENSATION][+GUIDANCE], with
   # PARALLEL sequential, synchronous, asynchronous, delayed or data_parallel,
   # COMPENSATION as below, and GUIDANCE consistent (guided SGD), random,
@@ -222,12 +248,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     _text(config, name)
   for name in ('schedule', 'arrivals', 'replay_model'):
     _text(config, name)
+  for name in ('normalization', 'dtype'):
+    _text(config, name)
+  for name in ('data_dir', 'augmentation'):
+    _text(config, name, optional=True)
   for name in ('target', 'parallel', 'guidance', 'compensation'):
     _text(config, name, optional=True)
   for name in ('compilation_cache', 'trace', 'coordinator'):
     _text(config, name, optional=True)
   for name in ('workers', 'batch_size', 'seeds', 'updates', 'evaluate_every'):
     _integer(config, name, 1)
+  for name in ('measured', 'context', 'layers', 'heads', 'width'):
+    _integer(config, name, 1)
+  _integer(config, 'image_size', 1, optional=True)
   _integer(config, 'window', 1)
   _integer(config, 'accumulate', 1)
   if not isinstance(config.delay, str) or config.delay != BY_DEPTH:
@@ -248,9 +281,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   _truth(config, 'distributed')
   _truth(config, 'tensorboard')
   _truth(config, 'profile')
+  _truth(config, 'stream', optional=True)
   _number(config, 'train_share', 0, 1)
   _number(config, 'validation_share', 0, 1)
   _number(config, 'label_noise', 0, 1)
+  _number(config, 'dropout', 0, 1)
   _number(config, 'learning_rate', 0, _LARGEST, optional=True)
   for name in ('cv', 'machine_cv', 'sync_cost', 'weight_decay'):
     _number(config, name, 0, _LARGEST)
@@ -264,7 +299,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   _number(config, 'warmup_epochs', 0, _LARGEST)
   _number(config, 'warmup_start', 0, 1, optional=True)
   _number(config, 'drop_factor', 0, 1)
-  one_of('model', config.model, ('mlp', 'softmax_regression'))
+  one_of('model', config.model, MODELS)
+  one_of('normalization', config.normalization, ('group', 'batch'))
+  one_of('dtype', config.dtype, ('float32', 'bfloat16'))
+  if config.augmentation is not None:
+    one_of('augmentation', config.augmentation, ('crop_and_flip',))
   one_of('preprocessing', config.preprocessing, ('standard', 'author'))
   one_of('combine', config.combine, ('sequential', 'mean'))
   one_of('arrivals', config.arrivals, ARRIVALS)
@@ -318,9 +357,11 @@ def _text(config, name, optional=False):
     _fail(config, name, 'a name', optional)
 
 
-def _truth(config, name):
+def _truth(config, name, optional=False):
+  if optional and config[name] is None:
+    return
   if not isinstance(config[name], bool):
-    _fail(config, name, 'True or False', False)
+    _fail(config, name, 'True or False', optional)
 
 
 def _integer(config, name, least, wanted='an integer', optional=False):
@@ -403,6 +444,8 @@ def _is_plain(value):
 
 def _between(config):
   """Settings that bound one another."""
+  if config.dropout == 1:
+    raise ValueError('dropout must be below 1, which leaves nothing')
   if config.replays is not None and config.replays > config.window:
     raise ValueError(
       f'replays must be from 0 to window={config.window}, got {config.replays}'

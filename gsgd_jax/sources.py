@@ -32,8 +32,11 @@ BUNDLED = {
   'iris': 'load_iris',
   'wine': 'load_wine',
 }
+# Those whose features are pixels: height, width, channels.
+IMAGES = {'digits': (8, 8, 1)}
 _OPENML = 'openml:'
 _TIMEOUT = 30  # Seconds that a silent server is waited for.
+_WHITE = '\t\n\v\f\r'
 _MOST = 2**53  # Whole numbers beyond it are not told apart.
 
 
@@ -90,6 +93,65 @@ def read(dataset: str, target: str | None = None) -> Source:
   return source
 
 
+@functools.cache
+def read_text(path: str) -> tuple[np.ndarray, tuple[str, ...]]:
+  """Reads a text file as characters.
+
+  Args:
+    path: A text file in UTF-8.
+
+  Returns:
+    The characters as int32 tokens, shape ``(n,)``: positions in the sorted
+    characters of the file, which are the second value. Line ends of all kinds
+    are newlines.
+
+  Raises:
+    ValueError: The file is empty, no text, or in another encoding.
+    OSError: It cannot be read.
+
+  Examples:
+    >>> import tempfile
+    >>> from gsgd_jax import sources
+    >>> with tempfile.NamedTemporaryFile('w') as file:
+    ...   _ = file.write('to be or not')
+    ...   file.flush()
+    ...   tokens, characters = sources.read_text(file.name)
+    >>> print(''.join(characters), tokens[:5])
+     benort [6 4 0 1 2]
+  """
+  if path.startswith((_OPENML, 'tfds:')) or path in BUNDLED:
+    raise ValueError(
+      f'gpt learns the characters of a text file, and {path} is none; give '
+      '--config.dataset=FILE'
+    )
+  path = os.path.expanduser(path)
+  text = _text_of(path)
+  # What no text holds: NUL, and control characters but for white space.
+  wrong = next((c for c in set(text) if ord(c) < 32 and c not in _WHITE), None)
+  if wrong is not None:
+    raise ValueError(
+      f'{path} is not a text file: it holds the control character {wrong!r}'
+    )
+  if len(set(text)) < 2:
+    raise ValueError(f'{path} holds one character only, {text[0]!r}')
+  characters, tokens = np.unique(
+    np.frombuffer(text.encode('utf-32-le'), np.uint32), return_inverse=True
+  )
+  return tokens.astype(np.int32), tuple(map(chr, characters))
+
+
+def _text_of(path):
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError:
+    raise ValueError(
+      f'{path} is not a text file in UTF-8; unpack or convert it first'
+    ) from None
+  if not text.strip():
+    raise ValueError(f'{path} is empty')
+  return text
+
+
 def _is_path(dataset):
   return os.path.exists(dataset) or any(c in dataset for c in ('/', '\\', '.'))
 
@@ -122,14 +184,7 @@ def _bundled(dataset):
 
 
 def _file(path, target):
-  try:
-    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError:
-    raise ValueError(
-      f'{path} is not a text file in UTF-8; unpack or convert it first'
-    ) from None
-  if not text.strip():
-    raise ValueError(f'{path} is empty')
+  text = _text_of(path)
   if target is None:
     return _author_format(path, text.split('\n'))
   return _csv(path, text, target)

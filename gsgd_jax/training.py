@@ -21,9 +21,9 @@ from gsgd_jax import (
   data,
   diagnostics,
   events,
-  models,
   programs,
   simulated_time,
+  tasks,
   transformation,
   worker_shares,
 )
@@ -35,7 +35,7 @@ _PROFILED = 5  # Calls in a trace, from the second call on.
 def train(
   config: ml_collections.ConfigDict,
   method: events.Method,
-  model: models.Model,
+  task: tasks.Task,
   datasets: list[data.Dataset],
   params: Any,
   arrays: Any,
@@ -47,10 +47,10 @@ def train(
   Args:
     config: A config that ``experiment.check`` has passed.
     method: The method.
-    model: The model.
+    task: What is learned.
     datasets: A data set for each seed.
     params: Initial parameters, with a leading axis of seeds.
-    arrays: The data sets' (train, validation or None, test), likewise.
+    arrays: What ``data.stacked`` makes of the data sets.
     mesh: The devices that train.
     profile_to: A folder for a ``jax.profiler`` trace of a few steps, or None.
 
@@ -58,14 +58,15 @@ def train(
     `Progress`, `Evaluation` and at last a `Finished`.
   """
   filling = transformation.filling_calls(config, method)
-  of_method = programs.make(config, method, model, datasets, mesh)
+  of_method = programs.make(config, method, task, datasets, mesh)
+  feed = programs.Feed(config, method, datasets, task.keyed)
+  room = programs.padded(config, datasets[0])
   carry = of_method.init(np.arange(config.seeds), params)
   reports = _Reports(config, method, datasets, filling)
   pace = _Pace()
   waiting = None
-  for first, length, ends in _chunks(config, filling, pace):
-    rows = programs.rows_of(config, method, datasets, first, length)
-    rows, proposed = of_method.placed(rows, pace.own)
+  for first, length, ends in _chunks(config, filling, pace, room):
+    rows, proposed = of_method.placed(feed.rows(first, length), pace.own)
     with _traced(profile_to if first == 1 else None) as wait_for:
       carry, totals, evaluated = of_method.advance(
         carry, arrays, rows, length, proposed
@@ -93,7 +94,7 @@ def _wait_on_cpus(mesh, arrays):
     jax.block_until_ready(arrays)
 
 
-def _chunks(config, filling, pace):
+def _chunks(config, filling, pace, room):
   """(first call, calls, whether an evaluation follows), chunk by chunk."""
   first = 0
   for step in _evaluated_steps(config):
@@ -104,7 +105,7 @@ def _chunks(config, filling, pace):
       # The first call is a chunk of its own; what it sets up is not traced.
       traced = config.profile and first == 1
       most = _PROFILED if traced else pace.calls
-      length = min(end - first, programs.padded(config), most)
+      length = min(end - first, room, most)
       yield first, length, first + length == end
       first += length
 
@@ -165,7 +166,7 @@ class _Reports:
     self._method = method
     self._filling = filling
     size = transformation.batch_size(config, method)
-    self._epoch = size / len(datasets[0].train.labels)
+    self._epoch = size / datasets[0].examples
     self._stopping = _Stopping(config.patience, config.seeds)
     self._seen = np.zeros([2, config.seeds])  # Sums of the chunk before.
     self._recent = np.zeros([2, config.seeds])  # Since the last evaluation.

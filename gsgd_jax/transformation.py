@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -50,13 +51,15 @@ def batch_like_of(
   config: ml_collections.ConfigDict,
   method: events.Method,
   dataset: data.Dataset,
+  keyed: bool = False,
 ) -> data.Examples:
-  """Shapes and dtypes of the batch of a call."""
+  """Shapes and dtypes of the batch of a call, with keys or without."""
   size = batch_size(config, method)
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype),
-    dataset.train,
-  )
+  rows = jax.ShapeDtypeStruct((size,), jnp.int32)
+  batch = jax.eval_shape(dataset.take, dataset.train, rows)
+  if not keyed:
+    return batch
+  return batch._replace(keys=jax.ShapeDtypeStruct((size, 2), jnp.uint32))
 
 
 def learning_rate(

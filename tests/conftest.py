@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from gsgd_jax import parallel
+from tests import tfds_digits
 
 _STRICT = {
   'jax_enable_x64': True,
@@ -55,3 +56,11 @@ def as_users_run_it(strict):
     jax.numpy_rank_promotion('allow'),
   ):
     yield
+
+
+@pytest.fixture(scope='session')
+def digits_dir(tmp_path_factory):
+  """A data_dir that holds 'tfds:digits'; see `tests/tfds_digits.py`."""
+  folder = tmp_path_factory.mktemp('tfds')
+  tfds_digits.prepare_digits(folder)
+  return folder

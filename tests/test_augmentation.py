@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsgd_jax import augmentation, data
+from gsgd_jax import augmentation, batches
 
 
 def by_loops(images, keys, padding):
@@ -27,7 +27,7 @@ def by_loops(images, keys, padding):
 def example(batch, shape=(6, 5, 3), dtype=np.uint8, step=0):
   generator = np.random.default_rng(step)
   images = generator.integers(1, 256, size=(batch, *shape)).astype(dtype)
-  return images, data.batch_keys(batch, seed=3, step=step)
+  return images, batches.batch_keys(batch, seed=3, step=step)
 
 
 @pytest.mark.parametrize('padding', [0, 1, 4])
@@ -40,7 +40,7 @@ def test_against_loops(padding, dtype):
 
 
 def test_all_places_and_both_sides_are_drawn_evenly():
-  keys = np.concatenate([data.batch_keys(512, 0, s) for s in range(32)])
+  keys = np.concatenate([batches.batch_keys(512, 0, s) for s in range(32)])
   rows, columns, flipped = map(np.asarray, augmentation._draws(keys, 4))
   places = (rows * 9 + columns) * 2 + flipped
   counts = np.bincount(places, minlength=162)
@@ -61,7 +61,7 @@ def test_an_image_depends_on_its_key_alone():
   other = augmentation.crop_and_flip(images[order], keys[order])
   np.testing.assert_array_equal(whole[order], other)
   assert not np.array_equal(
-    whole, augmentation.crop_and_flip(images, data.batch_keys(12, 3, 1))
+    whole, augmentation.crop_and_flip(images, batches.batch_keys(12, 3, 1))
   )
 
 

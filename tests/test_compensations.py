@@ -9,13 +9,14 @@ import pytest
 
 import gsgd_jax
 from gsgd_jax import (
+  batches,
   compensations,
   data,
   events,
   experiment,
-  models,
   report,
   settings,
+  tasks,
   transformation,
 )
 from tests.test_experiment import short
@@ -29,19 +30,18 @@ def setting(**changes):
   return short(**changes)
 
 
-def task(config):
+def learned(config):
   """(loss, parameters, batches) of a config's first seed."""
   dataset = data.load(config.dataset, 0)
-  model = experiment.make_model(config, dataset)
+  task = tasks.make(config, dataset)
   rows = [
-    data.batch_rows(len(dataset.train.labels), config.batch_size, 0, t)
+    batches.batch_rows(len(dataset.train.labels), config.batch_size, 0, t)
     for t in range(25)
   ]
   batches = [
     jax.tree.map(lambda x, r=r: jnp.asarray(x[r]), dataset.train) for r in rows
   ]
-  loss_fn = models.cross_entropy(model)
-  return loss_fn, model.init(jax.random.key(0)), batches
+  return task.loss_fn, task.model.init(jax.random.key(0)), batches
 
 
 def corrected(correction):
@@ -131,7 +131,7 @@ def trained(tx, loss_fn, params, batches, calls):
 def test_what_a_name_makes(name, guided):
   # Guided ones are compared until the first replays: later ones may be tied.
   config = setting()
-  loss_fn, params, batches = task(config)
+  loss_fn, params, batches = learned(config)
   method = events.method_named(
     f'asynchronous+{name}' + ('+consistent' if guided else '')
   )
@@ -193,7 +193,7 @@ def test_every_method_has_every_compensation_it_can(name, parallel, combine):
 def test_where_nothing_is_stale_it_is_the_limit():
   """Sequential training is the compensation's own, with one worker."""
   config = setting()
-  loss_fn, params, batches = task(config)
+  loss_fn, params, batches = learned(config)
   for name in ('dana_slim', 'delayed_nesterov'):
     method = events.method_named(f'sequential+{name}')
     tx = transformation.make_transformation(config, method, loss_fn, batches[0])

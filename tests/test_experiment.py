@@ -12,6 +12,7 @@ import optax.contrib
 import pytest
 
 from gsgd_jax import (
+  batches,
   data,
   diagnostics,
   events,
@@ -23,6 +24,7 @@ from gsgd_jax import (
   programs,
   report,
   settings,
+  tasks,
   training,
 )
 
@@ -68,7 +70,7 @@ class Plain:
       config.dataset, seed, label_noise=config.label_noise
     )
     self.n = len(self.dataset.train.labels)
-    model = experiment.make_model(config, self.dataset)
+    model = tasks.make_model(config, self.dataset)
     self.loss_fn = jax.jit(models.cross_entropy(model))
     self.accuracy_fn = jax.jit(models.accuracy(model))
     self.params = model.init(jax.random.key(seed))
@@ -111,14 +113,14 @@ class Plain:
     """A gradient of the next batch at the current parameters."""
     config = self.config
     batch = self.rows(
-      data.batch_rows(self.n, config.batch_size, self.seed, self.calls)
+      batches.batch_rows(self.n, config.batch_size, self.seed, self.calls)
     )
     self.calls += 1
     return (*self.gradient(self.params, batch), batch, self.applied)
 
   def apply(self, value, grads, batch, read_at):
     sample = self.rows(
-      data.verification_rows(self.n, self.seed, self.arrivals - 1)
+      batches.verification_rows(self.n, self.seed, self.arrivals - 1)
     )
     before = programs._replays(self.state)
     updates, self.state = self.update(
@@ -180,7 +182,7 @@ class Plain:
   def measured(self):
     out = {}
     for name, split in zip(
-      ('train', 'validation', 'test'), self.dataset[2:], strict=True
+      ('train', 'validation', 'test'), self.dataset[2:5], strict=True
     ):
       split = jax.tree.map(jnp.asarray, split)
       params = self.params
@@ -317,17 +319,19 @@ def test_divergence_names_seed_and_step(
   config = short(methods=(parallel,))
   train = data.load(config.dataset, 1).train
   rows = [
-    data.batch_rows(len(train.labels), config.batch_size, 1, call)[3]
+    batches.batch_rows(len(train.labels), config.batch_size, 1, call)[3]
     for call in (17, 18)
   ]
   cross_entropy = models.cross_entropy
 
-  def poisoned(model):
+  def poisoned(model, prepare=None):
     def loss_fn(params, batch):
       marked = train.inputs[rows]
       here = jnp.all(batch.inputs[:, None] == marked, axis=-1).any()
       here &= len(batch.labels) == config.batch_size
-      return jnp.where(here, value, cross_entropy(model)(params, batch))
+      return jnp.where(
+        here, value, cross_entropy(model, prepare)(params, batch)
+      )
 
     return loss_fn
 
@@ -487,13 +491,13 @@ def test_sums_of_staleness_beyond_int32():
 
 def make_programs(config, name):
   datasets = [data.load(config.dataset, s) for s in range(config.seeds)]
-  model = experiment.make_model(config, datasets[0])
+  task = tasks.make(config, datasets[0])
   method = events.method_named(name)
-  params = experiment._initial_params(model, config.seeds)
-  arrays = experiment._arrays(datasets)
+  params = experiment._initial_params(task.model, config.seeds)
+  arrays = data.stacked(datasets)
   mesh = parallel.make_mesh(1)
-  made = programs.make(config, method, model, datasets, mesh)
-  rows = programs.rows_of(config, method, datasets, 0, 5)
+  made = programs.make(config, method, task, datasets, mesh)
+  rows = programs.Feed(config, method, datasets, task.keyed).rows(0, 5)
   return made, params, arrays, rows
 
 

@@ -9,6 +9,7 @@ from jax import flatten_util
 
 from gsgd_jax import (
   accumulation,
+  batches,
   data,
   events,
   experiment,
@@ -16,6 +17,7 @@ from gsgd_jax import (
   optimizers,
   parallel,
   report,
+  tasks,
   transformation,
 )
 from tests import helpers, reference
@@ -305,10 +307,10 @@ def test_drops_at_the_end_are_within():
 def test_an_application_trains_in_pieces(monkeypatch):
   cross_entropy, sizes = models.cross_entropy, set()
 
-  def seen(model):
+  def seen(model, prepare):
     def loss_fn(params, batch):
       sizes.add(len(batch.labels))
-      return cross_entropy(model)(params, batch)
+      return cross_entropy(model, prepare)(params, batch)
 
     return loss_fn
 
@@ -329,13 +331,13 @@ def by_depth(name='delayed', **changes):
 def plain_pipeline(config, server, elements):
   """The same run by the oracle, element by element."""
   dataset = data.load(config.dataset, 0)
-  model = experiment.make_model(config, dataset)
+  model = tasks.make_model(config, dataset)
   params, unflatten = flatten_util.ravel_pytree(model.init(jax.random.key(0)))
   loss_fn = models.cross_entropy(model)
   gradient = jax.jit(jax.grad(lambda w, batch: loss_fn(unflatten(w), batch)))
-  batches = [
+  examples = [
     jax.tree.map(
-      lambda x, t=t: x[data.batch_rows(len(dataset.train.labels), 8, 0, t)],
+      lambda x, t=t: x[batches.batch_rows(len(dataset.train.labels), 8, 0, t)],
       dataset.train,
     )
     for t in range(config.updates)
@@ -345,7 +347,7 @@ def plain_pipeline(config, server, elements):
     server(elements),
     lambda w, batch: np.asarray(gradient(jnp.float32(w), batch), np.float64),
     elements,
-    batches,
+    examples,
   )
   measured = jax.jit(lambda w: loss_fn(unflatten(w), dataset.test))
   losses = [measured(jnp.float32(w)) for w in (params, *trajectory)]
@@ -427,7 +429,7 @@ def test_what_delays_by_depth_cannot(name, changes, message):
 @pytest.mark.usefixtures('as_users_run_it')
 def test_a_model_without_stages(monkeypatch):
   mlp = models.mlp
-  flat = lambda *args: mlp(*args)._replace(stages=None)
+  flat = lambda *args, **kwargs: mlp(*args, **kwargs)._replace(stages=None)
   monkeypatch.setattr(models, 'mlp', flat)
   with pytest.raises(ValueError, match='delay=by_depth needs a model that'):
     experiment.check(by_depth())

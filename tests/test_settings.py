@@ -10,17 +10,22 @@ from gsgd_jax import settings
 
 NAN = math.nan
 TEXTS = ['dataset', 'preprocessing', 'model', 'combine', 'optimizer']
-TEXTS += ['schedule', 'arrivals', 'replay_model']
+TEXTS += ['schedule', 'arrivals', 'replay_model', 'normalization', 'dtype']
 OPTIONAL_TEXTS = ['target', 'parallel', 'guidance', 'compilation_cache']
-OPTIONAL_TEXTS += ['trace', 'compensation', 'coordinator']
+OPTIONAL_TEXTS += ['trace', 'compensation', 'coordinator', 'data_dir']
+OPTIONAL_TEXTS += ['augmentation']
 CHOICES = {
-  'model': 'mlp, softmax_regression',
+  'model': 'cnn_large, cnn_small, gpt, mlp, resnet20, softmax_regression',
+  'normalization': 'batch, group',
+  'dtype': 'bfloat16, float32',
+  'augmentation': 'crop_and_flip',
   'preprocessing': 'author, standard',
   'combine': 'mean, sequential',
   'replay_model': 'parallel, serial, shared',
 }
 TRUTHS = ['verification', 'average_scores', 'stored_gradients']
 TRUTHS += ['tensorboard', 'profile', 'distributed']
+OPTIONAL_TRUTHS = ['stream']
 LEAST = dict(
   workers=1,
   batch_size=1,
@@ -32,11 +37,13 @@ LEAST = dict(
   delay=0,
   warmup=0,
 )
+LEAST |= dict(measured=1, context=1, layers=1, heads=1, width=1)
 OPTIONAL_LEAST = dict(
   patience=1, replays=0, revisit=0, wait_for=1, split_batch_size=1, max_ahead=0
 )
 OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
-SHARES = ['train_share', 'validation_share', 'label_noise', 'spread']
+OPTIONAL_LEAST |= dict(image_size=1)
+SHARES = ['train_share', 'validation_share', 'label_noise', 'spread', 'dropout']
 SHARES += ['drop_factor']
 OPTIONAL_SHARES = ['warmup_start']
 NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay', 'warmup_epochs']
@@ -85,15 +92,16 @@ def test_the_default_config_is_open():
 
 
 def test_these_tests_know_every_setting():
-  known = [*TEXTS, *OPTIONAL_TEXTS, *TRUTHS, *LEAST, *OPTIONAL_LEAST]
-  known += [
-    *SHARES,
-    *OPTIONAL_SHARES,
-    *NUMBERS,
-    *OPTIONAL_NUMBERS,
-    *SEQUENCES,
-    *DICTS,
+  known = [
+    *TEXTS,
+    *OPTIONAL_TEXTS,
+    *TRUTHS,
+    *OPTIONAL_TRUTHS,
+    *LEAST,
+    *OPTIONAL_LEAST,
   ]
+  known += [*SHARES, *OPTIONAL_SHARES, *NUMBERS, *OPTIONAL_NUMBERS]
+  known += [*SEQUENCES, *DICTS]
   assert sorted(known) == sorted(ALL)
 
 
@@ -110,6 +118,9 @@ for name, known in CHOICES.items():
 for name in TRUTHS:
   values = [None, 0, 1, 'True', NAN, np.True_]
   WRONG += [(name, value, 'True or False') for value in values]
+for name in OPTIONAL_TRUTHS:
+  values = [0, 1, 'True', NAN, np.True_]
+  WRONG += [(name, value, 'True or False or None') for value in values]
 for name in [*LEAST, *OPTIONAL_LEAST]:
   least = (LEAST | OPTIONAL_LEAST)[name]
   more = ' or None' if name in OPTIONAL_LEAST else ''

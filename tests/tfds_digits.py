@@ -8,7 +8,6 @@ import io
 import warnings
 
 import numpy as np
-import sklearn.datasets
 
 TRAIN = 1400  # Of the 1,797 digits; the others are for testing.
 
@@ -16,6 +15,8 @@ TRAIN = 1400  # Of the 1,797 digits; the others are for testing.
 @functools.cache
 def digits():
   """(inputs, labels): uint8 of shape (1797, 8, 8, 1), and int32."""
+  import sklearn.datasets
+
   bunch = sklearn.datasets.load_digits()
   inputs = (bunch.images * 255 / 16).round().astype(np.uint8)[..., None]
   return inputs, bunch.target.astype(np.int32)
@@ -54,7 +55,7 @@ def prepare(
     label: The target's feature; None: a ClassLabel of ten classes.
     keys: The supervised keys, or None.
     png: Whether the inputs are written as PNG files.
-    shards: Files a split.
+    shards: Files a split, where it has as many examples.
     config: The configuration's name, or None.
     version: The version's.
 
@@ -88,6 +89,7 @@ def prepare(
         yield i, {'image': _png(x) if png else x, 'label': y}
 
   Builder.name = name
+  shards = min(shards, *(len(labels) for _, labels in splits.values()))
   with warnings.catch_warnings(action='ignore'):
     builder = Builder(data_dir=str(folder), file_format='array_record')
     builder.download_and_prepare(
