@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gsgd_jax import _cluster, _protocol, _ring, clock
@@ -76,6 +77,7 @@ def timed(
   Each has its share of a gradient, so that a call takes ``1 / stages`` units.
   """
   inner = optax.with_extra_args_support(inner)
+  shares = clock.of_float64(np.arange(1, stages + 1) / stages)
 
   def init_fn(params):
     return TimedState(
@@ -88,7 +90,7 @@ def timed(
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
     )
-    time = clock.at(clock.fractions(stages), state.count % stages)
+    time = clock.at(shares, state.count % stages)
     time = time._replace(whole=time.whole + state.count // stages)
     return updates, TimedState(
       count=optax.safe_increment(state.count),

@@ -160,11 +160,13 @@ def default_config() -> ml_collections.ConfigDict:
   config.weight_decay = 0.0
   # The norm, over all parameters, that a gradient is clipped to as it arrives,
   # before all else; None is any. Replays are clipped and decayed likewise.
+  # Where momentum is the workers' own, in dana_slim, so are clipping and decay.
   config.clip_norm = config_dict.placeholder(float)
   # The run.
   config.batch_size = 16
   # A gradient is taken in so many pieces of its batch, one after another: the
-  # same but for rounding, in less memory and a third more time.
+  # same but for rounding, in less memory and a third more time. (But batch
+  # normalisation then has the statistics of a piece.)
   config.accumulate = 1
   config.seeds = 10  # Trained at once.
   config.updates = 1680  # Arriving gradients, replays aside.
