@@ -67,6 +67,7 @@ def run(
     OSError: A file could not be written, say to a full disk. The files are
       whole as far as they go.
   """
+  config = experiment.resolved(config)
   if config.compilation_cache is not None:
     _keep_compiled(config.compilation_cache)
   inbox = queue.SimpleQueue()  # Its `put` may be called by a signal's handler.

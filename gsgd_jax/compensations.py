@@ -36,6 +36,14 @@ OPTIMIZERS = (
   'asynchronous_nesterov',
   'delayed_nesterov',
 )
+# They can be had where every layer has its own delay.
+BY_LAYER = (
+  'delay_compensation',
+  'scale_by_staleness',
+  'spike_compensation',
+  'adaptive_braking',
+  'asynchronous_nesterov',
+)
 NEED_STALE_PARAMS = (
   'delay_compensation',
   'exact_delay_compensation',
@@ -55,6 +63,7 @@ class Cluster(NamedTuple):
   batch_like: Any  # Of a gradient that arrives.
   # Whether a worker's own transformation has a place.
   own_transform: bool = True
+  delay: Any = None  # None is N - 1; or a tree of delays.
 
 
 class Parts(NamedTuple):
@@ -184,12 +193,20 @@ def parts_of(name: str, given: dict[str, Any], cluster: Cluster) -> Parts:
     return parts
   momentum = arguments.get('momentum', parameters['momentum'].default)
   parts = parts._replace(replay_weight=1 / (1 - momentum))
+  if name == 'dana_dc':  # What is between the two, weight decay, is seen so.
+    lam = arguments.pop('lam', parameters['lam'].default)
+    return parts._replace(
+      correction=gsgd_jax.delay_compensation(lam),
+      optimizer=_maker('dana', arguments),
+    )
   if name != 'dana_slim':
     return parts
   transform = optax.trace(momentum, nesterov=True)
   if cluster.own_transform:
     return parts._replace(worker_transform=transform)
-  return parts._replace(correction=transform)
+  return parts._replace(
+    optimizer=lambda rate: optax.chain(transform, make(rate))
+  )
 
 
 def _arguments(name, given, parameters, cluster):
@@ -205,7 +222,7 @@ def _arguments(name, given, parameters, cluster):
       )
   follow = dict(
     workers=cluster.workers,
-    delay=cluster.workers - 1,
+    delay=cluster.workers - 1 if cluster.delay is None else cluster.delay,
     horizon=cluster.workers - 1,
     max_staleness=cluster.workers - 1,
     size=cluster.workers,

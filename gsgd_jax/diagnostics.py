@@ -5,6 +5,7 @@ argument `staleness` alone, so it works on a real server too. `worker_shares`
 reads what the emulations count.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,8 @@ def record_staleness(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Records the staleness of the gradients that reach ``inner``.
 
-  Changes nothing else. Read it with :func:`staleness_summary`.
+  Changes nothing else. Read it with :func:`staleness_summary`. Of
+  :func:`delayed` with a tree of delays it is the largest of every gradient.
 
   Args:
     inner: Any optax transformation.
@@ -48,8 +50,7 @@ def record_staleness(
 
   Raises:
     ValueError: ``bins`` or ``bin_width`` is not an int of at least 1; in
-      ``update``, the extra argument ``staleness`` is missing, or not one int
-      (:func:`delayed` with a tree of delays has no single one).
+      ``update``, the extra argument ``staleness`` is missing.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -82,7 +83,7 @@ def record_staleness(
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    staleness = _protocol.one_staleness('record_staleness', extra_args)
+    staleness = _largest(extra_args)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
     )
@@ -100,6 +101,14 @@ def record_staleness(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _largest(extra_args):
+  given = dict(extra_args)
+  leaves = jax.tree.leaves(given.get('staleness'))
+  if leaves:
+    given['staleness'] = functools.reduce(jnp.maximum, leaves)
+  return _protocol.one_staleness('record_staleness', given)
 
 
 class StalenessSummary(NamedTuple):

@@ -38,18 +38,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   trained. A data file that cannot be read is an OSError.
   """
   settings.check(config)
+  config = resolved(config)
   named = events.methods(config)
   compensations.check_used(config)
   for method in named:
     _check_guidance(config, method)
   dataset = _load(config, 0)
-  examples = dataset.examples
-  for name in ('batch_size', 'split_batch_size'):
-    if (config[name] or 0) > examples:
-      raise ValueError(
-        f'{name} must be at most the {examples} training examples of '
-        f'{config.dataset}, got {config[name]}'
-      )
+  _check_batches(config, dataset)
   for seed in range(1, config.seeds):
     _load(config, seed)
   for method in named:
@@ -72,17 +67,26 @@ def check(config: ml_collections.ConfigDict) -> None:
   mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
   _check_divides(config, named, devices.number)
   for method in named:
+    _check_pieces(config, method, devices.number)
+  stages = task.model.stages
+  for method in named:
     batch_like = batch_like_of(method)
-    tx = transformation.make_transformation(config, method, loss_fn, batch_like)
+    tx = transformation.make_transformation(
+      config, method, loss_fn, batch_like, stages=stages
+    )
+    if transformation.by_depth(config, method):
+      _check_layers(config, method, tx, params)
     if method.compensation is not None:
       inside = transformation.arriving(config, method, batch_like)
-      parts = transformation.compensation_of(config, method, loss_fn, inside)
+      parts = transformation.compensation_of(
+        config, method, loss_fn, inside, stages
+      )
       _check_joined(config, method, parts.joined)
       _check_compensation(config, method, tx, params, batch_like)
     init, room = tx.init, 0
     if devices.number > 1:
       apart = transformation.make_parallel(
-        config, method, loss_fn, batch_like, devices
+        config, method, loss_fn, batch_like, devices, stages=stages
       )
       init, room = apart.local_init, apart.room
     state = jax.eval_shape(init, params)
@@ -90,10 +94,82 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_trace(config, method)
 
 
+def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A config with the length of its run, and what is in it, in updates.
+
+  An epoch has so many updates as there are whole batches of ``batch_size`` in
+  the training examples, also for methods that split larger batches. Lengths in
+  epochs are rounded to the nearest update, and to at least 1 for ``epochs`` and
+  ``evaluate_epochs``.
+
+  Args:
+    config: A config that ``settings.check`` has passed. Where it says nothing
+      in epochs, the data are not looked at.
+
+  Returns:
+    A copy in which ``updates``, ``evaluate_every``, ``warmup`` and ``drops``
+    are what ``epochs``, ``evaluate_epochs``, ``warmup_epochs`` and
+    ``drop_epochs`` come to, where these are given. Once more it is the same.
+
+  Raises:
+    ValueError: A length is given both ways, and differently; or it is not
+      within the run.
+    OSError: The data cannot be read.
+
+  Examples:
+    >>> from gsgd_jax import experiment, settings
+    >>> config = settings.default_config()
+    >>> config.epochs, config.drop_epochs = 20, (10, 15)
+    >>> config = experiment.resolved(config)
+    >>> print(config.updates, config.drops)  # Of 1078 // 16 = 67 an epoch.
+    1340 (670, 1005)
+  """
+  given = (config.epochs, config.evaluate_epochs, config.warmup_epochs)
+  if not any(given) and not config.drop_epochs:
+    return config
+  config = config.copy_and_resolve_references()
+  dataset = _load(config, 0)
+  _check_batches(config, dataset)
+  batches = dataset.examples // config.batch_size
+  if config.epochs is not None:
+    config.updates = max(1, round(config.epochs * batches))
+  if config.evaluate_epochs is not None:
+    config.evaluate_every = max(1, round(config.evaluate_epochs * batches))
+  for name, nothing, value in (
+    ('warmup', 0, round(config.warmup_epochs * batches)),
+    ('drops', (), tuple(round(e * batches) for e in config.drop_epochs)),
+  ):
+    if value and config[name] not in (nothing, value):
+      raise ValueError(
+        f'{name}={config[name]} and {name.removesuffix("s")}_epochs, which is '
+        f'{value}, are two lengths for one thing: give one of them'
+      )
+    config[name] = value or config[name]
+  settings.check(config)
+  settings.check_lengths(config)
+  return config
+
+
+def _check_batches(config, dataset):
+  """A batch holds no example twice."""
+  examples = dataset.examples
+  for name in ('batch_size', 'split_batch_size'):
+    if (config[name] or 0) > examples:
+      raise ValueError(
+        f'{name} must be at most the {examples} training examples of '
+        f'{config.dataset}, got {config[name]}'
+      )
+
+
 def _check_guidance(config, method):
   """Guidance that would do nothing is a mistake."""
   if method.select is None:
     return
+  if transformation.by_depth(config, method):
+    raise ValueError(
+      f'{method.name} replays whole batches, and with delay={config.delay} no '
+      'whole gradient arrives: leave out the guidance, or give delay a number'
+    )
   updates = config.updates
   if method.parallel == 'synchronous':
     updates //= transformation.joined(config, method)
@@ -143,6 +219,17 @@ def _check_compensation(config, method, tx, params, batch_like):
   )
 
 
+def _check_layers(config, method, tx, params):
+  """What arrives layer by layer comes without a loss and a batch."""
+  optimizers.dry_run(
+    tx,
+    params,
+    f'{config.optimizer} in {method.name} with delay={config.delay}',
+    value=jax.ShapeDtypeStruct([], jnp.float32),
+    arrival=jax.ShapeDtypeStruct([], jnp.int32),
+  )
+
+
 def _check_trace(config, method):
   """A trace must last as long as the run."""
   if config.trace is None or method.parallel != 'asynchronous':
@@ -176,6 +263,21 @@ def _check_divides(config, named, devices):
         f'{method.name}: {devices} devices cannot share {name}={number} '
         f'equally; {nearest} would do{hint}'
       )
+
+
+def _check_pieces(config, method, devices):
+  """A batch, or a device's share of it, has pieces of equal size."""
+  name, *_ = _shared(config, method)
+  size, whose = config[name], ''
+  kind = transformation.parallel_kind(config, method)
+  if devices > 1 and kind in ('data_parallel', 'delayed'):
+    size //= devices
+    whose = f', which leaves {size} examples to a device'
+  if size % config.accumulate:
+    raise ValueError(
+      f'{method.name}: accumulate={config.accumulate} pieces must divide '
+      f'{name}={config[name]}{whose}'
+    )
 
 
 def _shared(config, method):
@@ -267,6 +369,7 @@ def stream(
     OSError: The data cannot be read.
   """
   check(config)
+  config = resolved(config)
   datasets = [_load(config, seed) for seed in range(config.seeds)]
   task = tasks.make(config, datasets[0])
   mesh = parallel.make_mesh(config.devices)

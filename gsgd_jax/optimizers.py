@@ -7,7 +7,8 @@ forwards: an arrival and the replays after it share one rate.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,11 @@ from gsgd_jax import settings
 _LOOKED_AT = 10_000  # Arrivals, in a check.
 _RATES = ('learning_rate', 'max_learning_rate')
 _UNSCHEDULED = ('rprop',)
+# Matrices at a network's ends, by the names of their layers: Muon's authors
+# leave those of a language model, embeddings and the output, to Adam.
+_OUTER = re.compile(
+  r'embed|^(wte|wpe|tokens|positions|logits|head)(_\d+)?$|_head(_\d+)?$'
+)
 _ALIASES = {
   'momentum': dict(momentum=0.9),
   'nesterov': dict(momentum=0.9, nesterov=True),
@@ -75,6 +81,11 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
   r"""An optax optimizer by its name.
 
+  ``'muon'`` orthogonalises matrices (parameters with two axes) but for those
+  whose path, in the parameters, has a name such as ``embedding``, ``tokens``,
+  ``positions``, ``logits``, ``head`` or ``lm_head``: these, and all that are no
+  matrices, are Adam's.
+
   Args:
     name: A function of ``optax`` or ``optax.contrib`` that takes a learning
       rate, such as ``'adamw'`` or ``'muon'``; or ``'momentum'`` or
@@ -106,7 +117,7 @@ def make(
   """
   settings.one_of('optimizer', name, names())
   factory = _factories()['sgd' if name in _ALIASES else name]
-  kwargs = {**_ALIASES.get(name, {}), **(kwargs or {})}
+  kwargs = {**_OWN.get(name, {}), **(kwargs or {})}
   parameters = inspect.signature(factory).parameters
   rate = next(r for r in _RATES if r in parameters)
   _check_arguments(f'optimizer {name}', kwargs, parameters, rate, learning_rate)
@@ -124,6 +135,25 @@ def make(
       'no schedule and no warm-up'
     )
   return driven(at, learning_rate, f'optimizer {name}')
+
+
+def _hidden_matrices(params):
+  """What Muon orthogonalises, as its argument says it."""
+
+  def of(path, x):
+    names = [str(getattr(k, 'key', getattr(k, 'name', ''))) for k in path]
+    outer = any(_OUTER.search(name.lower()) for name in names)
+    matrix = x.ndim == 2 and not outer
+    return optax.contrib.MuonDimensionNumbers() if matrix else None
+
+  return jax.tree_util.tree_map_with_path(of, params)
+
+
+# Arguments that are given unless others are.
+_OWN = {
+  **_ALIASES,
+  'muon': dict(muon_weight_dimension_numbers=_hidden_matrices),
+}
 
 
 def driven(
@@ -192,12 +222,16 @@ def make_schedule(
   arrivals: int,
   kwargs: Mapping[str, Any] | None = None,
   warmup: int = 0,
+  warmup_start: float | None = None,
+  drops: Sequence[int] = (),
+  drop_factor: float = 0.1,
 ) -> float | Callable[[Any], Any]:
-  r"""An optax schedule by its name, after an optional linear warm-up.
+  r"""An optax schedule by its name, with a linear warm-up and drops.
 
   .. math::
 
-    \eta(t) = \begin{cases} \eta\, (t + 1) / W & t < W \\
+    \eta(t) = f^{|\{d \in D:\, d \le t\}|} \begin{cases}
+    \eta \left( s + (1 - s) \frac{t}{W - 1} \right) & t < W \\
     \mathrm{schedule}(t - W) & \text{else} \end{cases}
 
   Arguments that are not given follow from the run: the schedule's initial (or
@@ -214,6 +248,11 @@ def make_schedule(
       sequence of pairs.
     warmup: :math:`W`, arrivals over which the rate rises, less than
       ``arrivals``.
+    warmup_start: :math:`s`, the share of the rate that the warm-up begins at,
+      in [0, 1]; None is :math:`1 / W`, for a rate of
+      :math:`\eta\, (t + 1) / W`.
+    drops: :math:`D`, arrivals from which on the rate is smaller by
+    drop_factor: :math:`f`, in [0, 1].
 
   Returns:
     ``learning_rate`` itself where it is constant, else a function of the
@@ -233,7 +272,8 @@ def make_schedule(
   if full not in known:
     settings.one_of('schedule', name, known)
   given = dict(kwargs or {})
-  if full == 'constant_schedule' and not warmup and not given:
+  changed = warmup or len(drops) or given
+  if full == 'constant_schedule' and not changed:
     return learning_rate
   factory = getattr(optax, full)
   parameters = inspect.signature(factory).parameters
@@ -265,12 +305,18 @@ def make_schedule(
     schedule = factory(**arguments)
     if warmup:
       # Not from 0: some optimizers never recover from a step of no length.
-      least = learning_rate / warmup
+      start = 1 / warmup if warmup_start is None else warmup_start
+      least = learning_rate * start
       rise = optax.linear_schedule(least, learning_rate, max(1, warmup - 1))
       schedule = optax.join_schedules([rise, schedule], [warmup])
   except Exception as e:  # Whatever it raises, it is the arguments.
     raise _refusal(f'schedule {full}', e) from e
-  return schedule
+  return _dropping(schedule, drops, drop_factor) if len(drops) else schedule
+
+
+def _dropping(schedule, drops, factor):
+  drops = np.asarray(drops, np.int32)
+  return lambda t: schedule(t) * factor ** jnp.sum(jnp.asarray(t) >= drops)
 
 
 def check_rates(name: str, rate: Any, arrivals: int) -> None:
@@ -300,29 +346,52 @@ def check_rates(name: str, rate: Any, arrivals: int) -> None:
 def with_value_fn(
   inner: optax.GradientTransformation,
   loss_fn: Callable[[optax.Params, Any], jax.Array],
+  weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Hands `inner` the loss of the *arrived* batch as a function.
+  r"""Hands `inner` the loss of the *arrived* batch as a function.
 
   For line searches (``value_fn`` of ``optax.lbfgs``) and curvature (``obj_fn``
   of ``optax.contrib.sophia``). They evaluate it at the server's parameters;
   ``value`` remains the loss where the gradient was taken.
 
+  Where the gradients that arrive are of a loss with weight decay, so is what is
+  handed on: :math:`\lambda \|w\|^2 / 2` is added, to ``value`` that of the
+  server's parameters.
+
   Args:
     inner: Any optimizer.
     loss_fn: ``loss_fn(params, batch) -> scalar``.
+    weight_decay: :math:`\lambda`, at least 0.
 
   Returns:
     A transformation that wants the extra arguments ``value`` and ``batch``, and
-    hands on these and ``arrival`` alone.
+    hands on these and ``arrival`` alone. Without a ``value`` (``delayed`` with
+    a tree of delays has none) it hands on ``arrival``, and an optimizer that
+    wants more complains.
   """
   inner = optax.with_extra_args_support(inner)
 
+  def penalty(params):
+    return weight_decay / 2 * optax.tree.norm(params, squared=True)
+
   def update_fn(
-    updates, state, params=None, *, value, batch, arrival=None, **extra_args
+    updates,
+    state,
+    params=None,
+    *,
+    value=None,
+    batch=None,
+    arrival=None,
+    **extra_args,
   ):
     # optax's line searches refuse extra arguments that they do not know.
     del extra_args
+    if value is None:
+      return inner.update(updates, state, params, arrival=arrival)
     fn = lambda params, obj_fn=None: loss_fn(params, batch)
+    if weight_decay:
+      fn = lambda params, obj_fn=None: loss_fn(params, batch) + penalty(params)
+      value = value + penalty(params)
     extra = dict(value=value, grad=updates, value_fn=fn, obj_fn=fn)
     return inner.update(updates, state, params, arrival=arrival, **extra)
 

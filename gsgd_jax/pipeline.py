@@ -1,15 +1,17 @@
 """A delay of its own for every leaf of the parameters: a pipeline's stages.
 
-What `delayed` does with a tree of delays.
+What `delayed` does with a tree of delays; the delays of pipelined
+backpropagation; and its clock.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from gsgd_jax import _protocol, _ring
+from gsgd_jax import _cluster, _protocol, _ring, clock
 
 
 class DelayedState(NamedTuple):
@@ -19,6 +21,84 @@ class DelayedState(NamedTuple):
   in_flight: optax.Updates  # A ring of delay + 1 slots a leaf; none for 0.
   stale_params: optax.Params | None  # Likewise, with `keep_params`.
   inner_state: optax.OptState
+
+
+class TimedState(NamedTuple):
+  """State of `timed`."""
+
+  count: jax.Array  # shape=(), dtype=int32: calls so far.
+  clock: _protocol.Clock
+  inner_state: optax.OptState
+
+
+def by_depth(stages: Any) -> Any:
+  r"""The delays of pipelined backpropagation.
+
+  .. math::
+
+    D_s = 2 (S - 1 - s)
+
+  updates for stage s of S: a batch has S - 1 - s stages to go until its loss
+  is known, and as many to come back, while the pipeline takes in a new batch
+  every update.
+
+  Args:
+    stages: A pytree of ints of at least 0: the stage of every leaf of the
+      parameters, 0 nearest to the input. S is the largest plus 1.
+
+  Returns:
+    A pytree of ints, for ``delayed``.
+
+  Raises:
+    ValueError: ``stages`` holds none, or one that is not an int.
+
+  Examples:
+    >>> from gsgd_jax import pipeline
+    >>> pipeline.by_depth({'first': 0, 'middle': 1, 'last': 2})
+    {'first': 4, 'last': 0, 'middle': 2}
+
+  References:
+    Kosson et al., `Pipelined Backpropagation at Scale`, arXiv:2003.11666, 2021.
+  """
+  stages = jax.tree.map(
+    lambda s: _protocol.positive_int('a stage', s, minimum=0), stages
+  )
+  if not jax.tree.leaves(stages):
+    raise ValueError(f'stages must be a tree of ints, got {stages!r}')
+  last = max(jax.tree.leaves(stages))
+  return jax.tree.map(lambda s: 2 * (last - s), stages)
+
+
+def timed(
+  inner: optax.GradientTransformation, stages: int
+) -> optax.GradientTransformationExtraArgs:
+  """Puts a clock around `inner`: so many stages work at once.
+
+  Each has its share of a gradient, so that a call takes ``1 / stages`` units.
+  """
+  inner = optax.with_extra_args_support(inner)
+  shares = clock.of_float64(np.arange(1, stages + 1) / stages)
+
+  def init_fn(params):
+    return TimedState(
+      count=jnp.zeros([], jnp.int32),
+      clock=_cluster.clock_of(stages, 0.0),
+      inner_state=inner.init(params),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    time = clock.at(shares, state.count % stages)
+    time = time._replace(whole=time.whole + state.count // stages)
+    return updates, TimedState(
+      count=optax.safe_increment(state.count),
+      clock=state.clock._replace(time=time),
+      inner_state=inner_state,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def delayed_leaves(

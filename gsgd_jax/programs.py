@@ -123,7 +123,14 @@ class _Settings(NamedTuple):
     batch_like = transformation.batch_like_of(
       self.config, self.method, self.datasets[0], self.task.keyed
     )
-    return how(self.config, self.method, self.task.loss_fn, batch_like, *where)
+    return how(
+      self.config,
+      self.method,
+      self.task.loss_fn,
+      batch_like,
+      *where,
+      stages=self.task.model.stages,
+    )
 
   def batch(self, train, batch, keys):
     """A batch, from its rows."""

@@ -210,7 +210,7 @@ def sentences(
     if difference is not None:
       said.append(text.format(_signed(difference)) + _verdict(difference) + '.')
 
-  costs = _costs(config)
+  costs = _costs(config, histories)
   for parallel in events.PARALLEL:
     for compensation in (None, *settings.COMPENSATIONS):
       plain = (parallel, compensation, None)
@@ -234,14 +234,16 @@ def sentences(
   return said
 
 
-def _costs(config):
+def _costs(config, histories):
   """What parallel training changes, in words."""
   rounds = f'Synchronous rounds of {config.workers} workers'
   if config.wait_for is not None:
     rounds += f', {config.wait_for} of them waited for,'
   costs = {
     'asynchronous': f'The delay of {config.workers} workers changes',
-    'delayed': f'A delay of {config.delay} updates changes',
+    'delayed': f'A delay of {config.delay} updates changes'
+    if config.delay != settings.BY_DEPTH
+    else f'A delay {_depth(histories)} changes',
     'synchronous': f'{rounds} change',
   }
   if config.split_batch_size is not None:
@@ -250,6 +252,16 @@ def _costs(config):
       'workers, change'
     )
   return costs
+
+
+def _depth(histories):
+  """Of every layer its own delay, in words."""
+  largest = [
+    int(h.maximal_staleness.max())
+    for h in histories.values()
+    if h.method.parallel == 'delayed' and len(h.step)
+  ]
+  return 'by depth' + (f' (0 to {max(largest)} updates)' if largest else '')
 
 
 def _not_applied(history):
@@ -388,7 +400,7 @@ def draw(
     bottom, top = loss_by_updates.get_ylim()
     loss_by_updates.set_ylim(bottom, min(top, _HIGHEST * max(first)))
   _legend(figure, by_updates, 'lower right')
-  _save(figure, axes.flat, _title(config), path)
+  _save(figure, axes.flat, _title(config, histories), path)
 
 
 def has_workers(history: events.History) -> bool:
@@ -430,7 +442,7 @@ def draw_staleness(
   right.set_ylim(0, max(2, right.get_ylim()[1]))
   _legend(figure, right, 'upper left')
   seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
-  _save(figure, axes, f'{_setting(config)}: {seeds}', path)
+  _save(figure, axes, f'{_setting(config, histories)}: {seeds}', path)
 
 
 def _arrivals(histories):
@@ -514,12 +526,13 @@ def _in_legend(history):
   return label if _comparable(history) else f'{label} ({history.status})'
 
 
-def _parallelism(config):
+def _parallelism(config, histories):
   parallel = {method.parallel for method in events.methods(config)}
   if parallel & {'asynchronous', 'synchronous', 'data_parallel'}:
     yield f'{config.workers} workers{_cluster(config)}'
   if 'delayed' in parallel:
-    yield f'delay {config.delay}'
+    by_depth = config.delay == settings.BY_DEPTH
+    yield f'delay {_depth(histories) if by_depth else config.delay}'
 
 
 def _cluster(config):
@@ -536,21 +549,22 @@ def _cluster(config):
   return f' ({", ".join(words)})' if words else ''
 
 
-def _setting(config):
+def _setting(config, histories):
   rate = config.learning_rate
   words = [
     pathlib.Path(config.dataset).name,
-    *_parallelism(config),
+    *_parallelism(config, histories),
     f'batch {config.batch_size}',
     config.optimizer + ('' if rate is None else f' at {rate:g}'),
   ]
   return ', '.join(words)
 
 
-def _title(config):
+def _title(config, histories):
+  setting = _setting(config, histories)
   if config.seeds == 1:
-    return f'{_setting(config)}: one seed'
-  return f'{_setting(config)}: mean of {config.seeds} seeds, 95 % interval'
+    return f'{setting}: one seed'
+  return f'{setting}: mean of {config.seeds} seeds, 95 % interval'
 
 
 def _band(axes, updates, values, style):

@@ -1,6 +1,7 @@
 """The settings of an experiment: what they are, and what they may be."""
 
 import difflib
+import itertools
 import math
 import numbers
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ COMPENSATIONS = {
   'asynchronous_nesterov': 'asynchronous Nesterov',
   'delayed_nesterov': 'delayed Nesterov',
 }
+BY_DEPTH = 'by_depth'  # A delay.
 MODELS = (
   'mlp',
   'softmax_regression',
@@ -110,7 +112,10 @@ def default_config() -> ml_collections.ConfigDict:
     {name: {} for name in COMPENSATIONS}
   )
   config.workers = 16
-  config.delay = 15  # Of 'delayed', in updates.
+  # Of 'delayed', in updates: a number, or by_depth, every layer its own. Then
+  # the layers are the stages of a pipeline that learns from every batch at
+  # once: stage s of S (0 is at the input) is 2 (S - 1 - s) updates late.
+  config.delay = config_dict.FieldReference(15, field_type=object)
   config.combine = 'sequential'  # Rounds of 'synchronous'; or 'mean'.
   config.wait_for = config_dict.placeholder(int)  # Of a round, the m fastest.
   # The batch that 'data_parallel' splits over the workers; None is batch_size.
@@ -135,18 +140,44 @@ def default_config() -> ml_collections.ConfigDict:
   config.back_at = config_dict.placeholder(float)  # None: never.
   config.sync_cost = 0.1  # Of a round, a split batch, a shared replay.
   # Optimizer: any of optax or optax.contrib by name, 'momentum', 'nesterov'.
+  # 'muon' leaves embeddings and output layers, by their names, to Adam.
   config.optimizer = 'sgd'
   config.optimizer_kwargs = ml_collections.ConfigDict()
   config.learning_rate = config_dict.placeholder(float)  # None: its default.
   config.learning_rate = 0.18
   config.schedule = 'constant'  # Any optax schedule, over the arrivals.
   config.schedule_kwargs = ml_collections.ConfigDict()
-  config.warmup = 0  # Arrivals over which the rate rises, linearly.
+  config.warmup = 0  # Arrivals over which the rate rises, linearly,
+  config.warmup_start = config_dict.placeholder(float)  # from this share of it.
+  # (None is 1 / warmup.) At each of these arrivals the rate is multiplied by
+  # drop_factor, on top of its schedule.
+  config.drops = ()
+  config.drop_factor = 0.1
+  # L2 regularisation: so many times the parameters are added to a gradient,
+  # after a compensation's correction and before any momentum. A decay that is
+  # decoupled from the gradient is optimizer_kwargs.weight_decay, of adamw and
+  # others that have it.
+  config.weight_decay = 0.0
+  # The norm, over all parameters, that a gradient is clipped to as it arrives,
+  # before all else; None is any. Replays are clipped and decayed likewise.
+  # Where momentum is the workers' own, in dana_slim, so are clipping and decay.
+  config.clip_norm = config_dict.placeholder(float)
   # The run.
   config.batch_size = 16
+  # A gradient is taken in so many pieces of its batch, one after another: the
+  # same but for rounding, in less memory and a third more time. (But batch
+  # normalisation then has the statistics of a piece.)
+  config.accumulate = 1
   config.seeds = 10  # Trained at once.
   config.updates = 1680  # Arriving gradients, replays aside.
   config.evaluate_every = 134  # Updates.
+  # The same in epochs, passes of batch_size over the training examples that
+  # drop what is left over. What is given here is put in place of updates,
+  # evaluate_every, warmup and drops; see experiment.resolved.
+  config.epochs = config_dict.placeholder(float)
+  config.evaluate_epochs = config_dict.placeholder(float)
+  config.warmup_epochs = 0.0
+  config.drop_epochs = ()  # Such as 80,120.
   config.patience = config_dict.placeholder(int)  # Evaluations; see README.
   # Guided SGD: window (the paper's delay tolerance), at most so many replays a
   # window (None is min(4, window // 2)), who takes them (serial: the server,
@@ -233,7 +264,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     _integer(config, name, 1)
   _integer(config, 'image_size', 1, optional=True)
   _integer(config, 'window', 1)
-  _integer(config, 'delay', 0)
+  _integer(config, 'accumulate', 1)
+  if not isinstance(config.delay, str) or config.delay != BY_DEPTH:
+    _integer(config, 'delay', 0, f'an integer or {BY_DEPTH}')
   _integer(config, 'warmup', 0)
   _integer(config, 'patience', 1, optional=True)
   _integer(config, 'replays', 0, optional=True)
@@ -256,12 +289,18 @@ def check(config: ml_collections.ConfigDict) -> None:
   _number(config, 'label_noise', 0, 1)
   _number(config, 'dropout', 0, 1)
   _number(config, 'learning_rate', 0, _LARGEST, optional=True)
-  for name in ('cv', 'machine_cv', 'sync_cost'):
+  for name in ('cv', 'machine_cv', 'sync_cost', 'weight_decay'):
     _number(config, name, 0, _LARGEST)
   _number(config, 'spread', 0, 1)
   for name in ('overwrite_within', 'trace_unit', 'fails_at', 'back_at'):
     _number(config, name, 0, _LARGEST, optional=True)
-  _number(config, 'straggler', 0, _LARGEST, optional=True)
+  for name in ('straggler', 'clip_norm'):
+    _number(config, name, 0, _LARGEST, optional=True)
+  for name in ('epochs', 'evaluate_epochs'):
+    _number(config, name, 0, _LARGEST, optional=True)
+  _number(config, 'warmup_epochs', 0, _LARGEST)
+  _number(config, 'warmup_start', 0, 1, optional=True)
+  _number(config, 'drop_factor', 0, 1)
   one_of('model', config.model, MODELS)
   one_of('normalization', config.normalization, ('group', 'batch'))
   one_of('dtype', config.dtype, ('float32', 'bfloat16'))
@@ -275,6 +314,19 @@ def check(config: ml_collections.ConfigDict) -> None:
   _between(config)
   _cluster(config)
   _hosts(config)
+
+
+def check_lengths(config: ml_collections.ConfigDict) -> None:
+  """Raises a ValueError unless warm-up and drops are within the run."""
+  if config.warmup >= config.updates:
+    raise ValueError(
+      f'warmup must be less than updates={config.updates}, got {config.warmup}'
+    )
+  if config.drops and config.drops[-1] > config.updates:
+    raise ValueError(
+      f'drops must be at most updates={config.updates}, got '
+      f'{tuple(config.drops)}'
+    )
 
 
 def _names(config):
@@ -314,12 +366,12 @@ def _truth(config, name, optional=False):
     _fail(config, name, 'True or False', optional)
 
 
-def _integer(config, name, least, optional=False):
+def _integer(config, name, least, wanted='an integer', optional=False):
   if optional and config[name] is None:
     return
   given = config[name]
   if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-    _fail(config, name, 'an integer', optional)
+    _fail(config, name, wanted, optional)
   if given < least:
     _fail(config, name, f'at least {least}', optional)
   if given >= 2**31:
@@ -340,7 +392,7 @@ def _number(config, name, least, most, optional=False):
 
 
 def _sequences(config):
-  for name in ('hidden', 'methods', 'speeds'):
+  for name in ('hidden', 'methods', 'speeds', 'drops', 'drop_epochs'):
     if not isinstance(config[name], (tuple, list)):
       _fail(config, name, 'a tuple', False)
   if len(config.hidden) > 100:
@@ -351,12 +403,18 @@ def _sequences(config):
     raise ValueError(
       f'hidden must hold positive integers, got {tuple(config.hidden)}'
     )
-  for speed in config.speeds:
-    real = isinstance(speed, numbers.Real) and not isinstance(speed, bool)
-    if not real or not 0 < speed <= _LARGEST:
+  for name in ('speeds', 'drop_epochs'):
+    if not all(map(_is_positive, config[name])):
       raise ValueError(
-        f'speeds must hold positive numbers, got {tuple(config.speeds)}'
+        f'{name} must hold positive numbers, got {tuple(config[name])}'
       )
+  if any(type(n) is not int or not 0 < n < 2**31 for n in config.drops):
+    raise ValueError(
+      f'drops must hold positive integers, got {tuple(config.drops)}'
+    )
+  for name in ('drops', 'drop_epochs'):
+    if any(a >= b for a, b in itertools.pairwise(config[name])):
+      raise ValueError(f'{name} must ascend, got {tuple(config[name])}')
   if any(not isinstance(m, str) for m in config.methods):
     raise ValueError(f'methods must hold names, got {tuple(config.methods)}')
   for name in ('optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs'):
@@ -368,6 +426,11 @@ def _sequences(config):
           f'{name}.{argument} must be a finite number, a name, True, False, '
           f'None, or a sequence of these, got {_shown(value)}'
         )
+
+
+def _is_positive(value):
+  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  return real and 0 < value <= _LARGEST
 
 
 def _is_plain(value):
@@ -404,10 +467,18 @@ def _between(config):
       'guidance belongs to parallel: set both, or write the method as '
       f'--config.methods=asynchronous+{_shown(config.guidance)[1:-1]}'
     )
-  if config.warmup >= config.updates:
+  for name in ('epochs', 'evaluate_epochs'):
+    if config[name] == 0:
+      raise ValueError(f'{name} must be positive, got 0')
+  warms_up = config.warmup or config.warmup_epochs
+  if config.warmup_start is not None and not warms_up:
     raise ValueError(
-      f'warmup must be less than updates={config.updates}, got {config.warmup}'
+      'warmup_start is where a warm-up begins and needs warmup or warmup_epochs'
     )
+  if config.epochs is None:  # Else it is not known how long the run is.
+    check_lengths(config)
+  if config.clip_norm == 0:
+    raise ValueError('clip_norm must be positive, got 0')
   if config.stored_gradients and config.revisit:
     raise ValueError(
       'stored_gradients computes nothing, so revisit must be 0 with it, got '

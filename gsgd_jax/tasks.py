@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from gsgd_jax import augmentation, data, models
+from gsgd_jax import accumulation, augmentation, data, models
 
 _CALIBRATION = 500  # Examples whose statistics batch normalisation takes.
 _BLOCK = 250  # Examples of large models that are measured at once.
@@ -43,7 +43,7 @@ def make(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
   prepare = _preparation(config, dataset)
   return Task(
     model,
-    _loss(model, prepare),
+    accumulation.in_pieces(_loss(model, prepare), config.accumulate),
     _measure(config, dataset, model, prepare),
     keyed=model.needs_keys or config.augmentation is not None,
   )

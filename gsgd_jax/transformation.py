@@ -27,10 +27,12 @@ from gsgd_jax import (
   guided,
   optimizers,
   parallel,
+  pipeline,
   read_trace,
   record_staleness,
   recorded_arrivals,
   round_robin,
+  settings,
   straggler,
   synchronous,
   uniform_arrivals,
@@ -69,8 +71,8 @@ def learning_rate(
     arguments = compensations.arguments_of(config, method.compensation)
     rate = arguments.get('learning_rate', rate)
   if rate is None:
-    if config.schedule != 'constant' or config.warmup:
-      raise ValueError('a schedule and a warm-up need a learning_rate')
+    if config.schedule != 'constant' or config.warmup or config.drops:
+      raise ValueError('a schedule, a warm-up and drops need a learning_rate')
     return None
   return optimizers.make_schedule(
     config.schedule,
@@ -78,6 +80,9 @@ def learning_rate(
     config.updates,
     _plain(config.schedule_kwargs),
     config.warmup,
+    config.warmup_start,
+    config.drops,
+    config.drop_factor,
   )
 
 
@@ -92,7 +97,7 @@ def make_optimizer(
     learning_rate(config, method),
     _plain(config.optimizer_kwargs),
   )
-  return optimizers.with_value_fn(tx, loss_fn)
+  return optimizers.with_value_fn(tx, loss_fn, config.weight_decay)
 
 
 def _plain(config):
@@ -144,12 +149,40 @@ def make_transformation(
   loss_fn: Callable,
   batch_like: Any,
   seed: Any = 0,
+  stages: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """The transformation of a method: any optimizer, guided or not, delayed."""
+  """The transformation of a method: any optimizer, guided or not, delayed.
+
+  ``stages`` are the model's, for delays by depth.
+  """
   inside = arriving(config, method, batch_like)
-  parts = compensation_of(config, method, loss_fn, inside)
+  parts = compensation_of(config, method, loss_fn, inside, stages)
   tx = _server(config, method, parts, loss_fn, inside, seed)
+  if by_depth(config, method):
+    return _pipelined(config, tx, parts, stages)
   return _emulated(config, method, tx, parts, batch_like, seed)
+
+
+def by_depth(config: ml_collections.ConfigDict, method: events.Method) -> bool:
+  """Whether every layer has a delay of its own."""
+  return method.parallel == 'delayed' and config.delay == settings.BY_DEPTH
+
+
+def _delays(config, stages):
+  if stages is None:
+    raise ValueError(
+      f'delay={config.delay} needs a model that says how deep its layers are, '
+      f'and {config.model} does not'
+    )
+  return pipeline.by_depth(stages)
+
+
+def _pipelined(config, tx, parts, stages):
+  """The server's optimizer behind a pipeline."""
+  tx = delayed(
+    tx, _delays(config, stages), keep_params=parts.needs_stale_params
+  )
+  return pipeline.timed(tx, max(jax.tree.leaves(stages)) + 1)
 
 
 def make_parallel(
@@ -159,6 +192,7 @@ def make_parallel(
   batch_like: Any,
   devices: parallel.Devices,
   seed: Any = 0,
+  stages: Any = None,
 ) -> _methods.Method:
   """The same on several devices."""
 
@@ -167,23 +201,25 @@ def make_parallel(
     return _server(config, method, parts, loss_fn, inside, seed)
 
   def whole(loss_fn, batch_like):
-    return make_transformation(config, method, loss_fn, batch_like, seed)
+    return make_transformation(
+      config, method, loss_fn, batch_like, seed, stages
+    )
 
-  inside = arriving(config, method, batch_like)
-  parts = compensation_of(config, method, loss_fn, inside)
-  settings = _settings(config, method, parts, seed)
   where = (loss_fn, devices, batch_like)
   kind = parallel_kind(config, method)
+  if kind == 'data_parallel':
+    return _methods.data_parallel(whole, *where)
+  inside = arriving(config, method, batch_like)
+  parts = compensation_of(config, method, loss_fn, inside)
+  options = _settings(config, method, parts, seed)
   if kind == 'asynchronous':
-    del settings['max_ahead']
+    del options['max_ahead']
     return _methods.asynchronous(
-      server, *where, config.workers, round_size=config.round_size, **settings
+      server, *where, config.workers, round_size=config.round_size, **options
     )
   if kind == 'synchronous':
-    return _methods.synchronous(server, *where, config.workers, **settings)
-  if kind == 'delayed':
-    return _methods.delayed_all_reduce(server, *where, config.delay, **settings)
-  return _methods.data_parallel(whole, *where)
+    return _methods.synchronous(server, *where, config.workers, **options)
+  return _methods.delayed_all_reduce(server, *where, config.delay, **options)
 
 
 def parallel_kind(
@@ -199,6 +235,7 @@ def parallel_kind(
   no_rounds = config.workers == 1 or config.max_ahead is not None
   name = method.parallel
   split = name == 'sequential' or (name == 'asynchronous' and no_rounds)
+  split |= by_depth(config, method)
   return 'data_parallel' if split else name
 
 
@@ -230,11 +267,20 @@ def compensation_of(
   method: events.Method,
   loss_fn: Callable,
   inside: Any,
+  stages: Any = None,
 ) -> compensations.Parts:
   """What a method's compensation puts where; see `arriving`."""
   name = method.compensation
   if name is None:
     return compensations.Parts()
+  delay = None
+  if by_depth(config, method):
+    if name not in compensations.BY_LAYER:
+      raise ValueError(
+        f'{method.name}: with delay={config.delay} no whole gradient arrives, '
+        f'which {name} needs; {", ".join(compensations.BY_LAYER)} do without'
+      )
+    delay = _delays(config, stages)
   if name in compensations.OPTIMIZERS:
     _check_own_optimizer(config, name)
   if name in compensations.PER_WORKER and method.parallel == 'delayed':
@@ -252,10 +298,11 @@ def compensation_of(
     name,
     compensations.arguments_of(config, name),
     compensations.Cluster(
-      workers=_stale_workers(config, method),
+      workers=_stale_workers(config, method, delay),
       loss_fn=loss_fn,
       batch_like=inside,
       own_transform=method.parallel in ('asynchronous', 'sequential'),
+      delay=delay,
     ),
   )
 
@@ -268,8 +315,10 @@ def _check_own_optimizer(config, name):
     )
 
 
-def _stale_workers(config, method):
+def _stale_workers(config, method, delay):
   """How many workers' gradients make one another stale."""
+  if delay is not None:
+    return max(jax.tree.leaves(delay)) + 1
   if method.parallel == 'asynchronous':
     return config.workers
   if method.parallel == 'delayed':
@@ -289,35 +338,67 @@ def _compensated(config, method, parts, loss_fn):
     )
   if parts.prediction is not None:
     tx = parts.prediction(tx)
-  if parts.correction is not None:
-    tx = optax.chain(parts.correction, tx)
-  return tx
+  return _treated(config, parts, tx)
+
+
+def _treated(config, parts, tx):
+  """The optimizer `tx` behind what is done with gradients as they arrive."""
+  correction = [] if parts.correction is None else [parts.correction]
+  if parts.worker_transform is not None:  # They have done it themselves.
+    return _chained(*correction, tx)
+  return _chained(*_clipping(config), *correction, *_decay(config), tx)
+
+
+def _clipping(config):
+  if config.clip_norm is None:
+    return []
+  return [optax.clip_by_global_norm(config.clip_norm)]
+
+
+def _decay(config):
+  if not config.weight_decay:
+    return []
+  return [optax.add_decayed_weights(config.weight_decay)]
+
+
+def _chained(*transforms):
+  return transforms[0] if len(transforms) == 1 else optax.chain(*transforms)
+
+
+def _worker_transform(config, parts):
+  """The workers' own momentum, and what comes before any momentum."""
+  if parts.worker_transform is None:
+    return None
+  return _chained(*_clipping(config), *_decay(config), parts.worker_transform)
 
 
 def _replay_with(config, method, parts):
   """What applies replays that are to enter no worker's momentum."""
   if parts.replay_weight is None:
     return None
-  return optimizers.driven(
+  tx = optimizers.driven(
     lambda rate: optax.sgd(rate * parts.replay_weight),
     learning_rate(config, method),
     'guided SGD',
   )
+  if config.stored_gradients and parts.worker_transform is not None:
+    return tx  # Its worker has clipped it.
+  return _chained(*_clipping(config), *_decay(config), tx)
 
 
 def _emulated(config, method, tx, parts, batch_like, seed):
   """The cluster around the server's optimizer."""
-  settings = _settings(config, method, parts, seed)
+  options = _settings(config, method, parts, seed)
   if method.parallel == 'sequential':
-    return asynchronous(tx, 1, batch_like=batch_like, **settings)
+    return asynchronous(tx, 1, batch_like=batch_like, **options)
   if method.parallel == 'delayed':
-    return delayed(tx, config.delay, batch_like=batch_like, **settings)
+    return delayed(tx, config.delay, batch_like=batch_like, **options)
   if method.parallel == 'asynchronous':
-    return asynchronous(tx, config.workers, batch_like=batch_like, **settings)
+    return asynchronous(tx, config.workers, batch_like=batch_like, **options)
   if method.parallel == 'synchronous':
-    return synchronous(tx, config.workers, batch_like=batch_like, **settings)
+    return synchronous(tx, config.workers, batch_like=batch_like, **options)
   size = batch_size(config, method)
-  return data_parallel(tx, config.workers, size, **settings)
+  return data_parallel(tx, config.workers, size, **options)
 
 
 def _settings(
@@ -327,22 +408,22 @@ def _settings(
   seed: Any,
 ) -> dict[str, Any]:
   """The arguments of a method's emulation, but for sizes."""
-  settings = dict(sync_cost=config.sync_cost)
+  options = dict(sync_cost=config.sync_cost)
   if method.parallel in ('sequential', 'delayed', 'asynchronous'):
-    settings['keep_params'] = parts.needs_stale_params
+    options['keep_params'] = parts.needs_stale_params
   if method.parallel in ('sequential', 'asynchronous'):
-    settings['worker_transform'] = parts.worker_transform
+    options['worker_transform'] = _worker_transform(config, parts)
   if method.parallel in ('sequential', 'delayed'):
-    return settings
-  settings |= dict(arrivals=make_arrivals(config), seed=seed)
+    return options
+  options |= dict(arrivals=make_arrivals(config), seed=seed)
   if method.parallel == 'asynchronous':
-    settings['overwrite_within'] = config.overwrite_within
-    settings['max_ahead'] = config.max_ahead
+    options['overwrite_within'] = config.overwrite_within
+    options['max_ahead'] = config.max_ahead
   elif method.parallel == 'synchronous':
-    settings |= dict(combine=config.combine, wait_for=config.wait_for)
+    options |= dict(combine=config.combine, wait_for=config.wait_for)
   else:
-    settings['worker_batch_size'] = config.batch_size
-  return settings
+    options['worker_batch_size'] = config.batch_size
+  return options
 
 
 # The histogram of staleness: 128 bins up to four rounds of all workers.
@@ -351,7 +432,8 @@ BINS = 128
 
 def bin_width(config: ml_collections.ConfigDict) -> int:
   """Stalenesses that a bin of the histogram counts."""
-  return -(-4 * max(config.workers, config.delay + 1) // BINS)
+  delay = 0 if config.delay == settings.BY_DEPTH else config.delay
+  return -(-4 * max(config.workers, delay + 1) // BINS)
 
 
 def joined(config: ml_collections.ConfigDict, method: events.Method) -> float:
@@ -403,6 +485,8 @@ def filling_calls(
   config: ml_collections.ConfigDict, method: events.Method
 ) -> int:
   """Calls before the first gradient arrives."""
+  if by_depth(config, method):
+    return 0  # The last layer has none.
   return {'asynchronous': config.workers - 1, 'delayed': config.delay}.get(
     method.parallel, 0
   )

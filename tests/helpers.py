@@ -397,6 +397,16 @@ def _per_call(step, tx, start, xs):
   return jax.tree.map(lambda *x: np.stack(x), *trajectory)
 
 
+def assert_close(actual, expected, tolerance=1e-9):
+  """Two trees of the same numbers."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, tolerance, tolerance),
+    actual,
+    expected,
+  )
+
+
 def assert_trajectory(actual, expected, tolerance=1e-9):
   """The library's parameters after each update against the oracle's."""
   assert len(actual) == len(expected)

@@ -238,7 +238,8 @@ class SpikeCompensation:
     m, g = self.momentum, packet.gradient
     self.velocity = m * self.velocity + g
     share = m**self.delay
-    spike = sum(m**i for i in range(self.delay))  # (1 - m^D) / (1 - m)
+    # (1 - m^D) / (1 - m); D may be one for each element.
+    spike = sum(m**i * (i < self.delay) for i in range(np.max(self.delay)))
     step = share * self.velocity + spike * g
     return params - self.learning_rate * step
 

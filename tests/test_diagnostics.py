@@ -119,6 +119,17 @@ def test_before_the_first_gradient():
   assert np.isnan(gsgd_jax.worker_shares(state)).all()
 
 
+def test_of_a_tree_it_is_the_largest():
+  tx = gsgd_jax.record_staleness(SGD, bins=4)
+  tx = gsgd_jax.delayed(tx, {'first': 2, 'rest': (0,)})
+  params = helpers.to_tree(jnp.ones([4]))
+  state = tx.init(params)
+  for _ in range(5):
+    _, state = tx.update(params, state, params)
+  histogram = gsgd_jax.staleness_summary(state).histogram
+  assert histogram.tolist() == [1, 1, 3, 0]
+
+
 def test_errors():
   with pytest.raises(ValueError, match='found no record'):
     gsgd_jax.staleness_summary(SGD.init(1.0))
@@ -128,7 +139,9 @@ def test_errors():
   state = tx.init(1.0)
   with pytest.raises(ValueError, match='needs the extra argument `staleness`'):
     tx.update(1.0, state)
-  tree = gsgd_jax.delayed(tx, {'first': 1, 'rest': (0,)})
+  tree = gsgd_jax.delayed(
+    gsgd_jax.drop_stale(SGD, 1), {'first': 1, 'rest': (0,)}
+  )
   params = helpers.to_tree(jnp.ones([4]))
   with pytest.raises(ValueError, match='got a tree of them'):
     tree.update(params, tree.init(params), params)

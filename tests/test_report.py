@@ -215,9 +215,9 @@ def test_methods_with_equal_arrivals_share_a_line():
 
 def test_the_cluster_is_in_the_title():
   config = config_of('asynchronous', workers=64)
-  assert '64 workers, batch' in report._title(config)
+  assert '64 workers, batch' in report._title(config, {})
   config.update(arrivals='gamma', machine_cv=0.6, straggler=9.0, fails_at=3.0)
   assert (
     '64 workers (gamma, machines vary by 0.6, one 9 times as slow, one fails '
-    'at 3)' in report._title(config)
+    'at 3)' in report._title(config, {})
   )

@@ -33,6 +33,7 @@ LEAST = dict(
   updates=1,
   evaluate_every=1,
   window=1,
+  accumulate=1,
   delay=0,
   warmup=0,
 )
@@ -43,10 +44,13 @@ OPTIONAL_LEAST = dict(
 OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
 OPTIONAL_LEAST |= dict(image_size=1)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread', 'dropout']
-NUMBERS = ['cv', 'machine_cv', 'sync_cost']
+SHARES += ['drop_factor']
+OPTIONAL_SHARES = ['warmup_start']
+NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay', 'warmup_epochs']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
-OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at']
-SEQUENCES = ['hidden', 'methods', 'speeds']
+OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at', 'clip_norm']
+OPTIONAL_NUMBERS += ['epochs', 'evaluate_epochs']
+SEQUENCES = ['hidden', 'methods', 'speeds', 'drops', 'drop_epochs']
 DICTS = ['optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs']
 ALL = list(settings.default_config())
 
@@ -79,6 +83,10 @@ def test_the_default_config_is_open():
   config.replays = 3
   config.learning_rate = None
   settings.check(config)
+  for delay in (7, 'by_depth', 3):
+    config.delay = delay
+    settings.check(config)
+    assert config.to_dict()['delay'] == delay
   with pytest.raises(TypeError):
     config.workers = 'many'
 
@@ -92,13 +100,14 @@ def test_these_tests_know_every_setting():
     *LEAST,
     *OPTIONAL_LEAST,
   ]
-  known += [*SHARES, *NUMBERS, *OPTIONAL_NUMBERS, *SEQUENCES, *DICTS]
+  known += [*SHARES, *OPTIONAL_SHARES, *NUMBERS, *OPTIONAL_NUMBERS]
+  known += [*SEQUENCES, *DICTS]
   assert sorted(known) == sorted(ALL)
 
 
 # One setting is wrong: (setting, value, what it must be).
 
-WRONG = []
+WRONG = [('delay', 'by_dept', 'an integer or by_depth')]
 for name in TEXTS:
   values = ['', None, 3, True, NAN, ('mlp',)]
   WRONG += [(name, value, 'a name') for value in values]
@@ -115,17 +124,20 @@ for name in OPTIONAL_TRUTHS:
 for name in [*LEAST, *OPTIONAL_LEAST]:
   least = (LEAST | OPTIONAL_LEAST)[name]
   more = ' or None' if name in OPTIONAL_LEAST else ''
+  wanted = 'an integer or by_depth' if name == 'delay' else 'an integer' + more
   values = [1.0, 1.5, NAN, math.inf, '3', True, (3,), np.float32(3)]
   values += [] if more else [None]
-  WRONG += [(name, value, 'an integer' + more) for value in values]
+  WRONG += [(name, value, wanted) for value in values]
   values = [least - 1, -7, np.int64(least - 1)]
   WRONG += [(name, value, f'at least {least}{more}') for value in values]
   WRONG += [(name, value, f'below 2**31{more}') for value in [2**31, 2**70]]
-for name in SHARES:
-  values = [None, '0.5', True, (0.5,), 0.5j]
-  WRONG += [(name, value, 'a number') for value in values]
+for name in [*SHARES, *OPTIONAL_SHARES]:
+  more = ' or None' if name in OPTIONAL_SHARES else ''
+  values = ['0.5', True, (0.5,), 0.5j]
+  values += [] if more else [None]
+  WRONG += [(name, value, 'a number' + more) for value in values]
   values = [-0.1, 1.1, 2, NAN, math.inf, -math.inf, np.float64(-0.1)]
-  WRONG += [(name, value, 'from 0 to 1') for value in values]
+  WRONG += [(name, value, 'from 0 to 1' + more) for value in values]
 for name in [*NUMBERS, *OPTIONAL_NUMBERS]:
   more = ' or None' if name in OPTIONAL_NUMBERS else ''
   values = ['0.5', False, (0.5,), 0.5j]
@@ -153,6 +165,14 @@ def test_wrong(name):
 ENTRIES = [
   ('hidden', value, 'positive integers')
   for value in [(0,), (64, -1), (1.5,), (True,), (None,), ('64',), (NAN,)]
+]
+ENTRIES += [
+  ('drops', value, 'positive integers')
+  for value in [(0,), (1, 2.5), (True,), (None,), ('64',), (NAN,)]
+]
+ENTRIES += [
+  ('drop_epochs', value, 'positive numbers')
+  for value in [(0,), (1, -2.5), (True,), (None,), ('64',), (NAN,)]
 ]
 ENTRIES += [
   ('methods', value, 'names')
@@ -197,6 +217,7 @@ RIGHT += [
   ('schedule', 'any'),
   ('optimizer', 'x'),
 ]
+RIGHT += [('delay', 'by_depth')]
 RIGHT += [('label_noise', value) for value in (0, 1, 0.5, np.float32(0.5))]
 RIGHT += [('validation_share', 0), ('train_share', 0.01), ('train_share', 0.79)]
 RIGHT += [('learning_rate', value) for value in (None, 0, 3, 0.1, 1e30)]
@@ -281,6 +302,28 @@ BETWEEN = {
     dict(warmup=3, updates=2),
     'warmup must be less than updates=2, got 3',
   ),
+  'warmup_start': (
+    dict(warmup_start=0.1),
+    'warmup_start is where a warm-up begins and needs warmup or warmup_epochs',
+  ),
+  'no epochs': (dict(epochs=0.0), 'epochs must be positive, got 0'),
+  'no evaluation': (
+    dict(evaluate_epochs=0),
+    'evaluate_epochs must be positive, got 0',
+  ),
+  'drops': (
+    dict(drops=(5, 1681)),
+    'drops must be at most updates=1680, got (5, 1681)',
+  ),
+  'drops in any order': (
+    dict(drops=(5, 7, 7)),
+    'drops must ascend, got (5, 7, 7)',
+  ),
+  'epochs in any order': (
+    dict(drop_epochs=(5, 2.5)),
+    'drop_epochs must ascend, got (5, 2.5)',
+  ),
+  'clip_norm': (dict(clip_norm=0.0), 'clip_norm must be positive, got 0'),
   'stored gradients': (
     dict(stored_gradients=True, revisit=2),
     'stored_gradients computes nothing, so revisit must be 0 with it, got 2',
@@ -303,6 +346,10 @@ def test_between(case):
     dict(patience=3, validation_share=0.01),
     dict(guidance='hardest', parallel='asynchronous'),
     dict(warmup=1679),
+    dict(warmup=5000, epochs=10),
+    dict(warmup=2, warmup_start=0.0),
+    dict(warmup_epochs=2.5, warmup_start=1.0),
+    dict(drops=(5, 1680), drop_epochs=(0.5, 7)),
     dict(stored_gradients=True, revisit=0),
     dict(stored_gradients=True, revisit=None),
     dict(stored_gradients=False, revisit=2),

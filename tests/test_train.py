@@ -301,6 +301,8 @@ BAD_INPUT = [
   (('--config.batch_size=2000',), 'at most the 1078 training examples'),
   (('--config.seeds=-3',), 'seeds must be at least 1'),
   (('--config.updates=0',), 'updates must be at least 1'),
+  (('--config.delay=deep',), "delay must be an integer or by_depth, .*'deep'"),
+  (('--config.drop_epochs=8,4',), 'drop_epochs must ascend'),
   (('--config.hidden=0',), 'hidden must hold positive integers'),
   (('--config.model=cnn',), 'model must be one of mlp, softmax_regression'),
   (('--config.train_share=1.5',), 'train_share must be from 0 to 1, got 1.5'),
@@ -410,6 +412,35 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
   assert done.stderr.startswith('train.py: ')
   assert done.stdout == ''
   assert sorted(tmp_path.iterdir()) == before
+
+
+def test_training_as_papers_do_it(tmp_path):
+  """Lengths in epochs are numbers of updates in the files."""
+  done = train(
+    tmp_path,
+    '--workdir=out',
+    '--config.seeds=2',
+    '--config.parallel=delayed',
+    '--config.delay=by_depth',
+    '--config.epochs=2',
+    '--config.evaluate_epochs=1',
+    '--config.warmup_epochs=0.5',
+    '--config.warmup_start=0.1',
+    '--config.drop_epochs=1,1.5',
+    '--config.weight_decay=1e-4',
+    '--config.clip_norm=1',
+    '--config.accumulate=2',
+  )
+  assert done.returncode == 0, done.stderr
+  assert_schema(tmp_path / 'out')
+  # 1078 training examples, in batches of 16.
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert config['delay'] == 'by_depth'
+  assert (config['updates'], config['evaluate_every']) == (134, 67)
+  assert (config['warmup'], config['drops']) == (34, [67, 100])
+  metrics = lines(tmp_path / 'out' / 'metrics.jsonl')
+  assert [m['step'] for m in metrics] == [0, 67, 134]
+  assert [m['maximal_staleness'] for m in metrics] == [[0] * 2, *[[2] * 2] * 2]
 
 
 @pytest.mark.parametrize(
