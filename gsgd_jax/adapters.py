@@ -218,6 +218,6 @@ def _typed(tree, like):
   def typed(x, like):
     if not _is_key(like):
       return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+    return jax.random.wrap_key_data(x, impl=like.dtype)
 
   return jax.tree.map(typed, tree, like)

@@ -207,10 +207,10 @@ class BatchNorm(_Affine):
   Ioffe & Szegedy, `Batch Normalization`, arXiv:1502.03167.
   """
 
-  def __init__(self, channels: int):
+  def __init__(self, channels: int, dtype: jax.typing.DTypeLike = jnp.float32):
     super().__init__(channels)
-    self.mean = nnx.BatchStat(jnp.zeros([channels], jnp.float32))
-    self.var = nnx.BatchStat(jnp.ones([channels], jnp.float32))
+    self.mean = nnx.BatchStat(jnp.zeros([channels], wide(dtype)))
+    self.var = nnx.BatchStat(jnp.ones([channels], wide(dtype)))
     self.use_running_average = False  # What `eval()` sets.
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -106,12 +106,12 @@ class CNN(nnx.Module):
 class NormalizedConvolution(nnx.Module):
   """A convolution without bias and the norm behind it."""
 
-  def __init__(self, channels, out, *, stride, groups, method, rngs):
+  def __init__(self, channels, out, *, stride, groups, dtype, method, rngs):
     self.convolution = layers.Convolution(
       channels, out, stride=stride, bias=False, method=method, rngs=rngs
     )
     self.norm = (
-      layers.GroupNorm(out, groups) if groups else layers.BatchNorm(out)
+      layers.GroupNorm(out, groups) if groups else layers.BatchNorm(out, dtype)
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -142,6 +142,7 @@ class ResNet(nnx.Module):
         n_out,
         stride=stride,
         groups=groups,
+        dtype=dtype,
         method=convolution,
         rngs=rngs,
       )
@@ -256,7 +257,9 @@ class Embedding(nnx.Module):
   def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
     # A token outside of the vocabulary becomes NaN.
     tokens = jnp.take(self.tokens[...], x, axis=0, mode='fill')
-    x = tokens + self.positions[...][None, : x.shape[1]]
+    positions = self.positions[...][None, : x.shape[1]]
+    wide = layers.wide(self.dtype)
+    x = tokens.astype(wide) + positions.astype(wide)
     return layers.dropout(x.astype(self.dtype), self.dropout, keys, self.site)
 
 
