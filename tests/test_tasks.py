@@ -46,7 +46,7 @@ def text(tmp_path):
 
 def of_text(text, **changes):
   small = dict(model='gpt', layers=1, heads=2, width=16, context=12)
-  return short(dataset=text, verification=False, **small | changes)
+  return short(**dict(dataset=text, verification=False) | small | changes)
 
 
 def the_same(one, other, rtol=0.0):
@@ -270,7 +270,7 @@ def test_every_epoch_of_text_is_cut_elsewhere(text):
     assert len(set(rows)) == len(rows)
     gaps = np.diff(np.sort(rows))
     assert gaps[:-1].min() == 12  # Windows do not overlap, but at the end.
-    assert 0 <= rows.min() and rows.max() + 13 <= len(dataset.train.tokens)
+    assert rows.min() >= 0 and rows.max() + 13 <= len(dataset.train.tokens)
   assert len({int(rows.min()) % 12 for rows in epochs}) > 2
   np.testing.assert_array_equal(dataset.batch_rows(8, 0, steps), epochs[1][:8])
 
