@@ -38,10 +38,10 @@ def learned(config):
     batches.batch_rows(len(dataset.train.labels), config.batch_size, 0, t)
     for t in range(25)
   ]
-  batches = [
+  examples = [
     jax.tree.map(lambda x, r=r: jnp.asarray(x[r]), dataset.train) for r in rows
   ]
-  return task.loss_fn, task.model.init(jax.random.key(0)), batches
+  return task.loss_fn, task.model.init(jax.random.key(0)), examples
 
 
 def corrected(correction):
