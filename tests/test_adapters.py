@@ -157,7 +157,6 @@ def run(kind, replays):
 def test_a_call_moves_the_state_once(kind, replays):
   """By hand, from the parameters that each worker read; no replay shows."""
   (_, last, _), (params, _, _, _, after) = run(kind, replays)
-  read = jax.tree.map(lambda x: x[0], params)
   mean, var = kind.statistics(kind.adapted.init(jax.random.key(0))[1])
   for t, x in enumerate(np.asarray(batches()['x'])):
     read = jax.tree.map(lambda p, t=t: p[t], params)
