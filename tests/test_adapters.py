@@ -226,8 +226,8 @@ def test_a_window_of_states_is_kept(kind):
 
 @pytest.mark.parametrize('adapt', [models.from_nnx, 'linen'])
 def test_a_model_without_state_or_auxiliary_output(adapt):
-  loss = lambda model, x: jnp.mean(model(x) ** 2)
-  x = jnp.ones([4, 3])
+  loss = lambda model, batch: jnp.mean(model(batch[0]) ** 2)
+  x = (jnp.ones([4, 3]),)
   if adapt == 'linen':
     adapted = models.from_linen(nn.Dense(2), loss, x)
   else:
