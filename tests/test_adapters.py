@@ -207,7 +207,7 @@ def test_a_replay_draws_what_its_worker_drew_and_writes_nothing(kind):
   # The next state, or another key, draws other masks.
   batch |= {'key': batch['key'] + 1}
   other = models.StatefulBatch(batch, after)
-  assert kind.adapted.loss_fn(params, other) != value
+  assert abs(kind.adapted.loss_fn(params, other) - value) > 1e-3
 
 
 def test_a_dropout_counter_moves_once_a_call():
