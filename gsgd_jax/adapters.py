@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from gsgd_jax import _protocol, _ring
+
 
 class StatefulBatch(NamedTuple):
   """A batch and the model state that its worker read."""
@@ -159,12 +161,10 @@ def from_linen(
     >>> print(model_state['batch_stats']['mean'])
     [0.5 0.5 0.5]
   """
-  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), batch_like)
-  is_shape = lambda x: isinstance(x, tuple) and isinstance(x[1], jnp.dtype)
-  del batch_like
+  batch_like = _protocol.abstract(batch_like)
 
   def init(key):
-    zeros = jax.tree.map(lambda s: jnp.zeros(*s), shapes, is_leaf=is_shape)
+    zeros = jax.tree.map(lambda x: x[0], _ring.empty(batch_like, 1))
     variables = dict(linen.init(loss, module)(key, zeros))
     return variables.pop('params', {}), variables
 

@@ -165,7 +165,8 @@ def resnet20(
   of every channel at the very parameters that are evaluated, layer by layer in
   one forward pass over a sample of training inputs, given as one batch,
   prepared but not augmented. So evaluation depends on parameters and sample
-  alone. ``apply`` takes what ``calibrate`` returns.
+  alone. ``apply`` takes what ``calibrate`` returns. A batch is what the model
+  is given at once: where devices share one (``shard_map``), a device's share.
 
   Args:
     image_shape: Height, width and channels; at least 4 by 4 pixels.

@@ -157,7 +157,6 @@ def run(kind, replays):
 def test_a_call_moves_the_state_once(kind, replays):
   """By hand, from the parameters that each worker read; no replay shows."""
   (_, last, _), (params, _, _, _, after) = run(kind, replays)
-  read = jax.tree.map(lambda x: x[0], params)
   mean, var = kind.statistics(kind.adapted.init(jax.random.key(0))[1])
   for t, x in enumerate(np.asarray(batches()['x'])):
     read = jax.tree.map(lambda p, t=t: p[t], params)
@@ -208,7 +207,7 @@ def test_a_replay_draws_what_its_worker_drew_and_writes_nothing(kind):
   # The next state, or another key, draws other masks.
   batch |= {'key': batch['key'] + 1}
   other = models.StatefulBatch(batch, after)
-  assert kind.adapted.loss_fn(params, other) != value
+  assert abs(kind.adapted.loss_fn(params, other) - value) > 1e-3
 
 
 def test_a_dropout_counter_moves_once_a_call():
@@ -227,8 +226,8 @@ def test_a_window_of_states_is_kept(kind):
 
 @pytest.mark.parametrize('adapt', [models.from_nnx, 'linen'])
 def test_a_model_without_state_or_auxiliary_output(adapt):
-  loss = lambda model, x: jnp.mean(model(x) ** 2)
-  x = jnp.ones([4, 3])
+  loss = lambda model, batch: jnp.mean(model(batch[0]) ** 2)
+  x = (jnp.ones([4, 3]),)
   if adapt == 'linen':
     adapted = models.from_linen(nn.Dense(2), loss, x)
   else:
