@@ -3,14 +3,11 @@
 import functools
 import math
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gsgd_jax
 from gsgd_jax import _protocol
@@ -18,7 +15,7 @@ from tests import helpers, reference
 from tests.test_arrivals import SEED as ARRIVAL_SEED
 from tests.test_arrivals import cluster as bad_cluster
 from tests.test_arrivals import table
-from tests.test_guided import assert_same_guidance, set_aside_ties
+from tests.test_guided import assert_no_ties, assert_same_guidance
 
 SEED = 3
 
@@ -64,19 +61,20 @@ def run_both(
     yield out, server, run
 
 
-long_problems = helpers.problems_of(st.integers(40, 60))
-numbers_of_workers = st.sampled_from([1, 2, 3, 7, 11, 16])
+long_problems = helpers.problems_of(40, 50, 60)
+numbers_of_workers = [1, 2, 3, 7, 11, 16]
 
 
-@pytest.mark.parametrize('name', helpers.COMPENSATIONS)
-@hypothesis.settings(max_examples=4)
-@given(
-  problem=long_problems,
+# Twice each.
+@helpers.covering(
+  2 * len(helpers.COMPENSATIONS),
+  name=list(helpers.COMPENSATIONS),
+  arrivals=['round robin', 'gamma', 'uneven'],
   workers=numbers_of_workers,
-  arrivals=st.sampled_from(['round robin', 'gamma', 'uneven']),
+  problem=long_problems,
   mode=helpers.modes,
 )
-def test_against_the_oracle(name, problem, workers, arrivals, mode):
+def test_against_the_oracle(name, arrivals, workers, problem, mode):
   compensation = helpers.COMPENSATIONS[name]
   for (flat, state), _, run in run_both(
     problem, compensation, workers, arrivals, mode
@@ -106,37 +104,34 @@ def guided_pair(problem, window):
   return oracle, library
 
 
-@pytest.mark.parametrize(
-  'name',
-  [n for n in helpers.COMPENSATIONS if n not in ('Ringmaster', 'Rennala')],
-)
-@hypothesis.settings(max_examples=2)
-@given(
-  problem=long_problems,
+@helpers.covering(
+  len(helpers.COMPENSATIONS) - 2,
+  name=[n for n in helpers.COMPENSATIONS if n not in ('Ringmaster', 'Rennala')],
+  arrivals=['round robin', 'uneven'],
   workers=numbers_of_workers,
-  arrivals=st.sampled_from(['round robin', 'uneven']),
-  window=st.integers(2, 6),
+  problem=long_problems,
+  window=[2, 4, 6],
 )
-def test_guided(name, problem, workers, arrivals, window):
+def test_guided(name, arrivals, workers, problem, window):
   compensation = helpers.COMPENSATIONS[name]
   pair = guided_pair(problem, window)
   for (flat, state), oracle, run in run_both(
     problem, compensation, workers, arrivals, 'scan', pair
   ):
-    set_aside_ties(oracle)
+    assert_no_ties(oracle)
     helpers.assert_trajectory(flat[workers - 1 :], run.trajectory)
     assert_same_guidance(oracle, state.inner_state, len(run.packets))
 
 
-@pytest.mark.parametrize('size', [None, 1, 3])
-@hypothesis.settings(max_examples=3)
-@given(
-  problem=long_problems,
+@helpers.covering(
+  6,
+  size=[None, 1, 3],
+  arrivals=['round robin', 'uneven'],
   workers=numbers_of_workers,
-  arrivals=st.sampled_from(['round robin', 'uneven']),
+  problem=long_problems,
   mode=helpers.modes,
 )
-def test_acceptance_around_guided(size, problem, workers, arrivals, mode):
+def test_acceptance_around_guided(size, arrivals, workers, problem, mode):
   """What is refused is not in the window; the mean has its batches as one."""
   batch_like = jax.tree.map(
     lambda x: np.concatenate([x] * (size or 1)), problem.batch_like
@@ -176,25 +171,29 @@ def test_acceptance_around_guided(size, problem, workers, arrivals, mode):
     mode,
     (oracle, library),
   ):
-    set_aside_ties(server.inner)
+    assert_no_ties(server.inner)
     helpers.assert_trajectory(flat[workers - 1 :], run.trajectory)
 
 
-@pytest.mark.parametrize('name', ['Ringmaster', 'Rennala'])
-@hypothesis.settings(max_examples=4)
-@given(
-  problem=helpers.problems_of(st.integers(30, 45)),
-  workers=st.sampled_from([2, 5, 8]),
-  max_ahead=st.sampled_from([None, 0, 2]),
-  overwrite_within=st.sampled_from([None, 0.05]),
-  outage=st.sampled_from([None, (1, 0.5, 1.75), (0, 1.25, None)]),
+def nobody_waits_for_ever(case):
+  stops = case['outage'] is not None and case['outage'][2] is None
+  return not stops or case['max_ahead'] is None
+
+
+@helpers.covering(
+  7,
+  nobody_waits_for_ever,
+  name=['Ringmaster', 'Rennala'],
+  max_ahead=[None, 0, 2],
+  overwrite_within=[None, 0.05],
+  outage=[None, (1, 0.5, 1.75), (0, 1.25, None)],
+  workers=[2, 5, 8],
+  problem=helpers.problems_of(30, 45),
 )
 def test_acceptance_in_a_bad_cluster(
-  name, problem, workers, max_ahead, overwrite_within, outage
+  name, max_ahead, overwrite_within, outage, workers, problem
 ):
   """What is lost, overwritten or waits is neither applied nor refused."""
-  if outage is not None and outage[2] is None and max_ahead is not None:
-    max_ahead = None  # Everybody would wait for ever.
   compensation = helpers.COMPENSATIONS[name]
   outages = [] if outage is None else [outage]
   process, oracle = bad_cluster('uneven gamma', workers, None, outages)
@@ -229,15 +228,15 @@ def test_acceptance_in_a_bad_cluster(
     assert applied == fates.count('applied')
 
 
-@pytest.mark.parametrize('name', helpers.COMPENSATIONS)
-@hypothesis.settings(max_examples=2)
-@given(
-  problem=helpers.problems_of(st.integers(10, 25)), workers=st.integers(1, 6)
+@helpers.covering(
+  len(helpers.COMPENSATIONS) - 1,
+  # Workers with a state of their own cannot be in rounds.
+  name=[n for n, c in helpers.COMPENSATIONS.items() if not c.slim],
+  workers=[1, 2, 3, 4, 6],
+  problem=helpers.problems_of(10, 17, 25),
 )
-def test_in_rounds(name, problem, workers):
+def test_in_rounds(name, workers, problem):
   compensation = helpers.COMPENSATIONS[name]
-  if compensation.slim:
-    return  # Its workers have a state of their own.
   tx = gsgd_jax.synchronous(compensation.library(problem, workers), workers)
   for seed, (flat, state) in enumerate(helpers.run(tx, problem, 'scan')):
     start, batches, _ = problem.of_seed(seed)

@@ -12,8 +12,7 @@ from gsgd_jax import events, experiment, settings
 CASES = {
   'sequential': dict(optimizer='adam'),
   'data_parallel': dict(split_batch_size=32),
-  'asynchronous': dict(workers=16),
-  'asynchronous+consistent': dict(arrivals='gamma', machine_cv=0.5),
+  'asynchronous+consistent': dict(arrivals='gamma', machine_cv=0.5, workers=16),
   'asynchronous+random': dict(max_ahead=2),
   'asynchronous+dana': dict(
     compensation_kwargs=dict(learning_rate=0.01), arrivals='exponential'
@@ -28,8 +27,7 @@ CASES = {
     compensation_kwargs=dict(learning_rate=0.01), workers=16
   ),
   'synchronous+hardest': dict(combine='mean', window=3),
-  'delayed+consistent': dict(delay=3),
-  'delayed+delay_compensation': dict(delay=5),
+  'delayed+delay_compensation+consistent': dict(delay=3),
   'delayed': dict(delay=0),
 }
 
@@ -45,7 +43,7 @@ def config_of(name, devices, **given):
       batch_size=16,
       seeds=2,
       workers=8,
-      updates=100,
+      updates=66,
       evaluate_every=33,  # In the middle of a round.
       window=5,
       devices=devices,
