@@ -60,27 +60,35 @@ def short(**changes):
 
 
 class Plain:
-  """One seed of a method, step by step; gradients wait in lists."""
+  """One seed of a method, step by step; gradients wait in lists.
 
-  def __init__(self, config, method, seed):
+  What another seed has compiled is used again.
+  """
+
+  def __init__(self, config, method, seed, other=None):
     self.config, self.method, self.seed = config, method, seed
     self.dataset = data.load(
       config.dataset, seed, label_noise=config.label_noise
     )
     self.n = len(self.dataset.train.labels)
     model = experiment.make_model(config, self.dataset)
-    self.loss_fn = jax.jit(models.cross_entropy(model))
-    self.accuracy_fn = jax.jit(models.accuracy(model))
+    if other is None:
+      self.loss_fn = jax.jit(models.cross_entropy(model))
+      self.accuracy_fn = jax.jit(models.accuracy(model))
+      self.gradient = jax.jit(jax.value_and_grad(self.loss_fn))
+      self.update = jax.jit(
+        lambda seed, *args, **extra: self.inner(seed).update(*args, **extra)
+      )
+    else:
+      for name in ('loss_fn', 'accuracy_fn', 'gradient', 'update'):
+        setattr(self, name, getattr(other, name))
     self.params = model.init(jax.random.key(seed))
-    self.gradient = jax.jit(jax.value_and_grad(self.loss_fn))
-    self.tx = self.inner()
-    self.update = jax.jit(self.tx.update)
-    self.state = self.tx.init(self.params)
+    self.state = self.inner(seed).init(self.params)
     self.calls = self.arrivals = self.applied = self.replays = 0
     self.stalenesses = []
     self.maximum = self.clock = 0
 
-  def inner(self):
+  def inner(self, seed):
     config = self.config
     rate = optimizers.make_schedule(
       config.schedule, config.learning_rate, config.updates
@@ -96,7 +104,7 @@ class Plain:
       revisit=0 if config.stored_gradients else config.revisit,
       select=self.method.select,
       batch_like=batch,
-      seed=self.seed,
+      seed=seed,
     )
 
   def joined(self):
@@ -122,6 +130,7 @@ class Plain:
     )
     before = programs._replays(self.state)
     updates, self.state = self.update(
+      self.seed,
       grads,
       self.state,
       self.params,
@@ -215,8 +224,9 @@ def assert_as_plainly(config, name):
   history = experiment.run(config)[name]
   assert history.status == 'completed' and history.message is None
   assert history.step.tolist() == [0, 10, 20, 25]
+  plain = None
   for seed in range(config.seeds):
-    plain = Plain(config, history.method, seed)
+    plain = Plain(config, history.method, seed, plain)
     expected, steps = [plain.measured()], plain.steps()
     for step in range(1, config.updates + 1):
       next(steps)
