@@ -686,8 +686,23 @@ def test_half_precision(name, as_users_run_it):
       np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize('whole_extras', [False, True])
-@pytest.mark.parametrize('name', sorted({*EVERYTHING} - {'exact'}))
+PARTIAL = sorted({*EVERYTHING} - {'exact'})
+
+
+@functools.cache
+def reads_alone(name):
+  """Where there is nothing but `a`."""
+  return drive(EVERYTHING[name], {'a': jnp.array([1.0, -2.0])})
+
+
+@pytest.mark.parametrize(
+  'name, whole_extras',
+  [
+    *((name, bool(i % 2)) for i, name in enumerate(PARTIAL)),
+    # They read what the mask may hide or not.
+    *((name, not PARTIAL.index(name) % 2) for name in PARTIAL if 'DC' in name),
+  ],
+)
 def test_masked(name, whole_extras, as_users_run_it):
   """A mask may hide parameters, with or without those that were read."""
   params = {'a': jnp.array([1.0, -2.0]), 'b': jnp.array([3.0])}
@@ -697,23 +712,21 @@ def test_masked(name, whole_extras, as_users_run_it):
     mask_compatible_extra_args=not whole_extras,
   )
   reads = drive(tx, params)
-  alone = drive(EVERYTHING[name], {'a': params['a']})
-  for read, expected in zip(reads, alone, strict=True):
+  for read, expected in zip(reads, reads_alone(name), strict=True):
     np.testing.assert_allclose(read['a'], expected['a'], rtol=1e-6)
   # What is hidden passes through, as optax has it.
   np.testing.assert_allclose(reads[0]['b'], 3.25)
 
 
-@pytest.mark.parametrize('name', sorted({*EVERYTHING} - {'exact'}))
+@pytest.mark.parametrize('name', PARTIAL)
 def test_multi_transform(name, as_users_run_it):
   params = {'a': jnp.array([1.0, -2.0]), 'b': jnp.array([3.0])}
   tx = optax.multi_transform(
     {'ours': EVERYTHING[name], 'theirs': optax.sgd(0.1)},
     {'a': 'ours', 'b': 'theirs'},
   )
-  alone = drive(EVERYTHING[name], {'a': params['a']})
   for i, (read, expected) in enumerate(
-    zip(drive(tx, params), alone, strict=True)
+    zip(drive(tx, params), reads_alone(name), strict=True)
   ):
     np.testing.assert_allclose(read['a'], expected['a'], rtol=1e-6)
     gone = 0.1 * 0.25 * sum(range(1, i + 2))

@@ -298,33 +298,39 @@ NO_DELAY = {
 }
 
 
-@pytest.mark.parametrize('name', NO_DELAY)
-@pytest.mark.parametrize('inner', ['sgd', 'heavy ball', 'adam'])
-def test_no_delay_no_change(name, inner):
-  inner = helpers.INNERS[inner].library
-  tx = NO_DELAY[name](inner)
+def trajectory(tx, compiled):
+  """Where some steps of a transformation end."""
   problem = helpers.make_problem('quadratic', 4, 2, 15, seed=0)
   start, batches, _ = problem.of_seed(0)
+  params = helpers.to_tree(jnp.array(start))
+  state = tx.init(params)
+  update = optax.with_extra_args_support(tx).update
+  update = jax.jit(update) if compiled else update
+  for batch in batches:
+    value, grads = jax.value_and_grad(helpers.quadratic_loss)(params, batch)
+    updates, state = update(grads, state, params, value=value)
+    params = optax.apply_updates(params, updates)
+  return helpers.to_flat(params)
 
-  def trajectory(tx, compiled):
-    params = helpers.to_tree(jnp.array(start))
-    state = tx.init(params)
-    update = optax.with_extra_args_support(tx).update
-    update = jax.jit(update) if compiled else update
-    for batch in batches:
-      value, grads = jax.value_and_grad(helpers.quadratic_loss)(params, batch)
-      updates, state = update(grads, state, params, value=value)
-      params = optax.apply_updates(params, updates)
-    return helpers.to_flat(params)
 
+@functools.cache
+def trajectories(inner):
+  """The optimizer alone: operation by operation, and compiled."""
+  inner = helpers.INNERS[inner].library
+  return trajectory(inner, False), trajectory(inner, True)
+
+
+@pytest.mark.parametrize('name', NO_DELAY)
+@pytest.mark.parametrize('inner', ['heavy ball', 'adam'])
+def test_no_delay_no_change(name, inner):
+  tx = NO_DELAY[name](helpers.INNERS[inner].library)
+  alone, compiled = trajectories(inner)
   # Operation by operation, the same bits.
-  np.testing.assert_array_equal(trajectory(tx, False), trajectory(inner, False))
-  np.testing.assert_array_max_ulp(
-    trajectory(tx, True), trajectory(inner, True), maxulp=8
-  )
+  np.testing.assert_array_equal(trajectory(tx, False), alone)
+  np.testing.assert_array_max_ulp(trajectory(tx, True), compiled, maxulp=8)
 
 
-@pytest.mark.parametrize('tau', [0, 1, 3, 7, 15])
+@pytest.mark.parametrize('tau', [0, 1, 3, 7])
 def test_stability_threshold(tau):
   """On w^2/2 SGD with staleness tau is stable below the closed form."""
 
