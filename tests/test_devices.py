@@ -10,8 +10,7 @@ from gsgd_jax import events, experiment, settings
 
 # Methods, and what else they are about.
 CASES = {
-  'sequential': dict(optimizer='adam'),
-  'data_parallel': dict(split_batch_size=32),
+  'data_parallel': dict(split_batch_size=32, optimizer='adam'),
   'asynchronous+consistent': dict(arrivals='gamma', machine_cv=0.5, workers=16),
   'asynchronous+random': dict(max_ahead=2),
   'asynchronous+dana': dict(
@@ -22,9 +21,11 @@ CASES = {
   'asynchronous+rennala+consistent': dict(
     compensation_kwargs=dict(size=2), window=4
   ),
-  'synchronous': dict(arrivals='gamma', wait_for=8, workers=11),
   'synchronous+dana_dc+consistent': dict(
-    compensation_kwargs=dict(learning_rate=0.01), workers=16
+    compensation_kwargs=dict(learning_rate=0.01),
+    arrivals='gamma',
+    wait_for=8,
+    workers=11,
   ),
   'synchronous+hardest': dict(combine='mean', window=3),
   'delayed+delay_compensation+consistent': dict(delay=3),
