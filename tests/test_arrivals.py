@@ -189,7 +189,7 @@ OUTAGES = [
 
 
 @helpers.covering(
-  14,
+  11,
   kind=['quadratic', 'logistic'],
   calls=[1, 7, 20, 30, 40],
   inner=helpers.inner_names,
@@ -350,14 +350,16 @@ def test_synchronous(
       )
 
 
-@pytest.mark.parametrize('name', ['round robin', 'ties', 'uneven gamma'])
 @pytest.mark.parametrize(
-  'workers, batch_size, worker_batch_size, inner',
+  'name, workers, batch_size, worker_batch_size, inner',
   [
-    (1, 4, None, 'adam'),
-    (5, 3, None, 'sgd'),
-    (5, 10, 5, 'heavy ball'),
-    (5, 64, 4, 'nesterov'),
+    ('round robin', 1, 4, None, 'adam'),
+    ('uneven gamma', 1, 4, None, 'adam'),
+    ('ties', 5, 3, None, 'sgd'),
+    ('uneven gamma', 5, 3, None, 'sgd'),
+    ('uneven gamma', 5, 10, 5, 'heavy ball'),
+    ('round robin', 5, 10, 5, 'heavy ball'),
+    ('ties', 5, 64, 4, 'nesterov'),
   ],
 )
 def test_data_parallel(name, workers, batch_size, worker_batch_size, inner):

@@ -123,7 +123,7 @@ def assert_no_ties(oracle):
 
 
 @helpers.covering(
-  24,
+  16,
   dial=list(DIAL),
   problem=long_problems,
   inner=['sgd', 'heavy ball', 'nesterov', 'adam'],

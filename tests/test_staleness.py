@@ -14,7 +14,7 @@ from tests import helpers, reference
 
 
 @helpers.covering(
-  14,
+  11,
   problem=helpers.problems,
   inner=helpers.inner_names,
   workers=[1, 2, 3, 5, 7, 9],
@@ -154,7 +154,7 @@ def test_constant_delay_is_round_robin(problem, inner, delay, keep_params):
 
 
 @helpers.covering(
-  12,
+  9,
   problem=helpers.problems,
   inner=['sgd', 'heavy ball', 'adam', 'compensated'],
   first=[0, 1, 2, 4, 6],
@@ -226,7 +226,7 @@ def test_uniform_tree_of_delays_moves_like_an_int():
 
 
 @helpers.covering(
-  14,
+  11,
   problem=helpers.problems,
   inner=helpers.inner_names,
   workers=[1, 2, 3, 4, 6],
