@@ -66,6 +66,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
   mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
   _check_divides(config, named, devices.number)
+  _check_statistics(config, devices.number)
   for method in named:
     _check_pieces(config, method, devices.number)
   stages = task.model.stages
@@ -277,6 +278,17 @@ def _check_pieces(config, method, devices):
     raise ValueError(
       f'{method.name}: accumulate={config.accumulate} pieces must divide '
       f'{name}={config[name]}{whose}'
+    )
+
+
+def _check_statistics(config, devices):
+  """Batches that several devices split have no statistics of their own."""
+  normalizes = config.model == 'resnet20' and config.normalization == 'batch'
+  if normalizes and devices > 1:
+    raise ValueError(
+      'batch normalisation takes statistics of whole batches, which '
+      f'{devices} devices split; use --config.normalization=group or '
+      '--config.devices=1'
     )
 
 

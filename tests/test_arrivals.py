@@ -5,15 +5,12 @@ import heapq
 import re
 from typing import NamedTuple
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.stats
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gsgd_jax
 from gsgd_jax import clock
@@ -179,24 +176,29 @@ def assert_packets(state, run):
     assert notes[: len(expected)].tolist() == expected
 
 
-@hypothesis.settings(max_examples=16)
-@given(
-  kind=st.sampled_from(['quadratic', 'logistic']),
-  calls=st.integers(1, 40),
+# Workers, when they fail, and for how long.
+OUTAGES = [
+  [],
+  [],
+  [(0, 0.5, 1.0)],
+  [(3, 1.3, None)],
+  [(1, 0.0, 2.2), (6, 2.75, 0.25)],
+  [(7, 0.5, 0.25), (7, 1.3, 1.0)],
+  [(2, 2.75, None), (5, 0.0, 0.25)],
+]
+
+
+@helpers.covering(
+  11,
+  kind=['quadratic', 'logistic'],
+  calls=[1, 7, 20, 30, 40],
   inner=helpers.inner_names,
-  workers=st.sampled_from([1, 2, 5, 8]),
-  name=st.sampled_from(sorted(PROCESSES)),
-  slowdown=st.sampled_from([None, None, 0.3, 3.0]),
-  outages=st.lists(
-    st.tuples(
-      st.integers(0, 7),
-      st.sampled_from([0.0, 0.5, 1.3, 2.75]),
-      st.sampled_from([None, 0.25, 1.0, 2.2]),
-    ),
-    max_size=2,
-  ),
-  overwrite_within=st.sampled_from([None, None, 0.0, 0.05, 0.3]),
-  max_ahead=st.sampled_from([None, 0, 1, 3]),
+  workers=[1, 2, 5, 8],
+  name=sorted(PROCESSES),
+  slowdown=[None, None, 0.3, 3.0],
+  outages=OUTAGES,
+  overwrite_within=[None, None, 0.0, 0.05, 0.3],
+  max_ahead=[None, 0, 1, 3],
   mode=helpers.modes,
 )
 def test_asynchronous(
@@ -290,15 +292,15 @@ def test_losing_and_overwriting(max_ahead):
   )
 
 
-@hypothesis.settings(max_examples=12)
-@given(
-  calls=st.integers(1, 30),
+@helpers.covering(
+  10,
+  calls=[1, 8, 19, 30],
   inner=helpers.inner_names,
-  workers=st.sampled_from([1, 2, 5, 8]),
-  left_out=st.integers(0, 7),
-  combine=st.sampled_from(['sequential', 'mean']),
-  name=st.sampled_from(sorted(PROCESSES)),
-  sync_cost=st.sampled_from([0.0, 0.1, 0.37]),
+  workers=[1, 2, 5, 8],
+  left_out=[0, 1, 3, 7],
+  combine=['sequential', 'mean'],
+  name=sorted(PROCESSES),
+  sync_cost=[0.0, 0.1, 0.37],
   mode=helpers.modes,
 )
 def test_synchronous(
@@ -348,14 +350,16 @@ def test_synchronous(
       )
 
 
-@pytest.mark.parametrize('name', ['round robin', 'ties', 'uneven gamma'])
 @pytest.mark.parametrize(
-  'workers, batch_size, worker_batch_size, inner',
+  'name, workers, batch_size, worker_batch_size, inner',
   [
-    (1, 4, None, 'adam'),
-    (5, 3, None, 'sgd'),
-    (5, 10, 5, 'heavy ball'),
-    (5, 64, 4, 'nesterov'),
+    ('round robin', 1, 4, None, 'adam'),
+    ('uneven gamma', 1, 4, None, 'adam'),
+    ('ties', 5, 3, None, 'sgd'),
+    ('uneven gamma', 5, 3, None, 'sgd'),
+    ('uneven gamma', 5, 10, 5, 'heavy ball'),
+    ('round robin', 5, 10, 5, 'heavy ball'),
+    ('ties', 5, 64, 4, 'nesterov'),
   ],
 )
 def test_data_parallel(name, workers, batch_size, worker_batch_size, inner):
@@ -543,14 +547,14 @@ def test_who_never_arrives_stops_those_who_wait(never):
 # Invariants.
 
 
-@hypothesis.settings(max_examples=12)
-@given(
-  name=st.sampled_from(sorted(PROCESSES)),
-  workers=st.sampled_from([1, 2, 5, 8]),
-  slowdown=st.sampled_from([None, 4.0]),
-  outage=st.sampled_from([None, (1, 1.2, None), (0, 0.5, 0.75)]),
-  overwrite_within=st.sampled_from([None, None, 0.0, 0.1]),
-  max_ahead=st.sampled_from([None, None, 1]),
+@helpers.covering(
+  10,
+  name=sorted(PROCESSES),
+  workers=[1, 2, 5, 8],
+  slowdown=[None, 4.0],
+  outage=[None, (1, 1.2, None), (0, 0.5, 0.75)],
+  overwrite_within=[None, None, 0.0, 0.1],
+  max_ahead=[None, None, 1],
 )
 def test_invariants(
   name, workers, slowdown, outage, overwrite_within, max_ahead

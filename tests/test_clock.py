@@ -176,14 +176,19 @@ def run_guided(tx, calls):
   state = tx.init(params)
   replayed = []
   rng = np.random.default_rng(0)
-  for _ in range(calls):
-    batch = jnp.asarray(rng.normal(size=BATCH))
+
+  @jax.jit
+  def step(params, state, batch):
     value, grads = jax.value_and_grad(loss_fn)(
       gsgd_jax.worker_params(params, state), batch
     )
-    before = state.inner_state.count
     updates, state = tx.update(grads, state, params, value=value, batch=batch)
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(calls):
+    batch = jnp.asarray(rng.normal(size=BATCH))
+    before = state.inner_state.count
+    params, state = step(params, state, batch)
     count = int(state.inner_state.count)
     if count > before and count % WINDOW == 0:
       replayed.append(np.asarray(state.inner_state.replayed))
@@ -233,7 +238,8 @@ def test_stored_gradients_cost_no_time():
   tx = gsgd_jax.asynchronous(gsgd_jax.guided(optax.sgd(0.1), window=2), 2)
   params = jnp.ones([1])
   state = tx.init(params)
+  update = jax.jit(tx.update)
   for value in (3.0, 2.5, 2.0, 1.5, 1.0, 0.9, 0.5):
-    _, state = tx.update(params, state, params, value=value)
+    _, state = update(params, state, params, value=value)
   assert np.any(state.inner_state.replayed >= 0)
   assert gsgd_jax.simulated_time(state) == 3.0

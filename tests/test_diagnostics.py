@@ -8,28 +8,9 @@ import pytest
 
 import gsgd_jax
 from tests import helpers
+from tests.test_arrivals import drive, ledger
 
 SGD = optax.sgd(0.1)
-
-
-def noted(tx):
-  """`tx` with a list of the packets it was given."""
-  seen = []
-
-  def update(updates, state, params=None, **extra):
-    seen.append((int(extra['staleness']), int(extra['worker'])))
-    return tx.update(updates, state, params, **extra)
-
-  return optax.GradientTransformationExtraArgs(tx.init, update), seen
-
-
-def drive(tx, calls):
-  params = jnp.ones([2])
-  state = tx.init(params)
-  with jax.disable_jit():  # The list is Python's.
-    for _ in range(calls):
-      _, state = tx.update(params, state, params)
-  return state
 
 
 CLUSTERS = {
@@ -51,19 +32,21 @@ CLUSTERS = {
 
 @pytest.mark.parametrize('name', CLUSTERS)
 def test_what_was_seen(name):
-  inner, seen = noted(optax.with_extra_args_support(SGD))
-  tx = gsgd_jax.record_staleness(inner, bins=4, bin_width=3)
-  state = drive(CLUSTERS[name](tx), 42)
-  staleness, workers = np.array(seen).T
-  assert len(set(workers)) > 2 and len(seen) > 15
+  tx = gsgd_jax.record_staleness(ledger(SGD, 42), bins=4, bin_width=3)
+  state, _ = drive(CLUSTERS[name](tx), 42)
+  seen = state.inner_state.inner_state
+  staleness, workers = (
+    seen.notes[name][: seen.count] for name in ('staleness', 'worker')
+  )
+  assert len(set(workers.tolist())) > 2 and seen.count > 15
   summary = gsgd_jax.staleness_summary(state)
-  assert summary.count == len(seen)
+  assert summary.count == seen.count
   assert summary.latest == staleness[-1]
   assert summary.maximum == max(staleness)
   assert summary.mean == np.mean(staleness)
   bins = np.minimum(staleness // 3, 3)
   assert summary.histogram.tolist() == np.bincount(bins, minlength=4).tolist()
-  shares = np.bincount(workers, minlength=5) / len(seen)
+  shares = np.bincount(workers, minlength=5) / seen.count
   np.testing.assert_allclose(gsgd_jax.worker_shares(state), shares, rtol=1e-12)
 
 
@@ -75,7 +58,7 @@ def test_the_fastest_of_a_mean_are_counted():
     wait_for=2,
     arrivals=gsgd_jax.fixed_speeds([1.0, 3.0, 2.0]),
   )
-  state = drive(tx, 8)
+  state, _ = drive(tx, 8)
   assert gsgd_jax.worker_shares(state).tolist() == [0, 0.5, 0.5]
 
 

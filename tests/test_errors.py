@@ -245,15 +245,24 @@ BATCHES = {
 }
 
 
+def with_batch_like(wrapper, abstract):
+  like = BATCH
+  if abstract:
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
+  return READ_VALUE[wrapper](batch_like=like)
+
+
+@pytest.mark.parametrize('wrapper', READ_VALUE)
+@pytest.mark.parametrize('abstract', [False, True])
+def test_batches_like_batch_like(wrapper, abstract):
+  update(with_batch_like(wrapper, abstract), value=1.0, batch=BATCH)
+
+
 @pytest.mark.parametrize('batch, message', BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize('wrapper', READ_VALUE)
 @pytest.mark.parametrize('abstract', [False, True])
 def test_batch(wrapper, batch, message, abstract):
-  like = BATCH
-  if abstract:
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
-  tx = READ_VALUE[wrapper](batch_like=like)
-  update(tx, value=1.0, batch=BATCH)
+  tx = with_batch_like(wrapper, abstract)
   extra = {} if batch is None else {'batch': batch}
   with pytest.raises(ValueError, match=message) as error:
     update(tx, value=1.0, **extra)

@@ -2,14 +2,11 @@
 
 import math
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 import gsgd_jax
 from tests import helpers, reference
@@ -40,20 +37,27 @@ DIAL = {
 }
 
 
-@st.composite
-def settings(draw):
-  """What is not on the dial."""
-  window = draw(st.integers(2, 7))
+# What is not on the dial.
+SETTINGS = dict(
+  window=[2, 3, 5, 7],
+  replays=[None, 1, 2, 7],
+  select=SELECT,
+  replay_with=[None, 'sgd', 'look ahead'],
+  replay_model=['serial', 'parallel', 'shared'],
+)
+
+
+def setting_of(window, replays, select, replay_with, replay_model):
   return dict(
     window=window,
-    replays=draw(st.none() | st.integers(1, window)),
-    select=draw(st.sampled_from(SELECT)),
-    replay_with=draw(st.sampled_from([None, None, 'sgd', 'look ahead'])),
-    replay_model=draw(st.sampled_from(['serial', 'parallel', 'shared'])),
+    replays=replays and min(replays, window),
+    select=select,
+    replay_with=replay_with,
+    replay_model=replay_model,
   )
 
 
-long_problems = helpers.problems_of(st.integers(25, 45))
+long_problems = helpers.problems_of(25, 30, 38, 45)
 
 
 def build(problem, inner, dial, setting, seed, batch_like=None):
@@ -113,21 +117,33 @@ def assert_same_guidance(oracle, state, calls):
   )
 
 
-def set_aside_ties(oracle):
+def assert_no_ties(oracle):
   """Rounding may decide between scores that are nearly tied."""
-  assume(all(margin > 1e-7 for margin in oracle.margins))
+  assert all(margin > 1e-7 for margin in oracle.margins)
 
 
-@pytest.mark.parametrize('dial', DIAL)
-@hypothesis.settings(max_examples=6)
-@given(
+@helpers.covering(
+  16,
+  dial=list(DIAL),
   problem=long_problems,
-  inner=st.sampled_from(['sgd', 'heavy ball', 'nesterov', 'adam']),
-  setting=settings(),
-  seed=st.integers(0, 100),
+  inner=['sgd', 'heavy ball', 'nesterov', 'adam'],
+  **SETTINGS,
+  seed=[0, 1],
   mode=helpers.modes,
 )
-def test_guided(dial, problem, inner, setting, seed, mode):
+def test_guided(
+  dial,
+  problem,
+  inner,
+  window,
+  replays,
+  select,
+  replay_with,
+  replay_model,
+  seed,
+  mode,
+):
+  setting = setting_of(window, replays, select, replay_with, replay_model)
   oracle_of, tx, verified = build(problem, inner, dial, setting, seed)
   outs = helpers.run(
     tx, problem, mode, verification_at=(lambda t: t) if verified else None
@@ -139,7 +155,7 @@ def test_guided(dial, problem, inner, setting, seed, mode):
       start, oracle, problem.loss, problem.gradient, 1, batches
     )
     expected = run.trajectory
-    set_aside_ties(oracle)
+    assert_no_ties(oracle)
     assert any(oracle.replayed)
     helpers.assert_trajectory(flat, expected)
     assert_same_guidance(oracle, state, len(batches))
@@ -173,23 +189,41 @@ PARALLEL = {
 }
 
 
-@pytest.mark.parametrize('dial', DIAL)
-@hypothesis.settings(max_examples=7)
-@given(
+def sensible(case):
+  """Stored gradients know no `stale_params`, and `delayed` knows no workers."""
+  if case['parallel'] == 'delayed' and case['inner'] == 'scaled':
+    return False
+  needs = helpers.INNERS[case['inner']].needs
+  return case['dial'] != 'stored gradients' or 'stale_params' not in needs
+
+
+@helpers.covering(
+  32,
+  sensible,
+  dial=list(DIAL),
+  parallel=sorted(PARALLEL),
   problem=long_problems,
   inner=helpers.inner_names,
-  setting=settings(),
-  workers=st.integers(2, 5),
-  parallel=st.sampled_from(sorted(PARALLEL)),
-  seed=st.integers(0, 100),
+  workers=[2, 3, 5],
+  **SETTINGS,
+  seed=[0, 1],
   mode=helpers.modes,
 )
 def test_guided_under_staleness(
-  dial, problem, inner, setting, workers, parallel, seed, mode
+  dial,
+  parallel,
+  problem,
+  inner,
+  workers,
+  window,
+  replays,
+  select,
+  replay_with,
+  replay_model,
+  seed,
+  mode,
 ):
-  if dial == 'stored gradients':
-    # A stored gradient has no stale_params to be compensated with.
-    assume('stale_params' not in helpers.INNERS[inner].needs)
+  setting = setting_of(window, replays, select, replay_with, replay_model)
   like = problem.batch_like
   if parallel == 'mean':
     like = jax.tree.map(lambda x: np.concatenate([x] * workers), like)
@@ -216,7 +250,7 @@ def test_guided_under_staleness(
       run = reference.asynchronous(*arguments, batches)
       expected, packets = run.trajectory, run.packets
       calls = slice(workers - 1, None)
-    set_aside_ties(oracle)
+    assert_no_ties(oracle)
     helpers.assert_trajectory(flat[calls], expected)
     state = jax.tree.map(lambda x, c=calls: x[c], state.inner_state)
     if parallel == 'mean':  # Guided SGD sees the last call of every round.

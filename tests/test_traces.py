@@ -5,14 +5,11 @@ import functools
 import json
 import re
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gsgd_jax
 from tests import helpers, reference
@@ -43,16 +40,16 @@ def trace_in_ticks(order, times, workers, unit):
   return ticks
 
 
-@hypothesis.settings(max_examples=9)
-@given(
-  calls=st.integers(1, 40),
+@helpers.covering(
+  8,
+  calls=[1, 10, 25, 40],
   inner=helpers.inner_names,
-  workers=st.sampled_from([1, 2, 5]),
-  length=st.integers(1, 50),
-  timed=st.booleans(),
-  unit=st.sampled_from([None, 1.0, 0.7]),
-  seed=st.integers(0, 1000),
-  overwrite_within=st.sampled_from([None, None, 0.0, 0.3]),
+  workers=[1, 2, 5],
+  length=[1, 12, 30, 50],
+  timed=[False, True],
+  unit=[None, 1.0, 0.7],
+  seed=[0, 1, 2],
+  overwrite_within=[None, None, 0.0, 0.3],
   mode=helpers.modes,
 )
 def test_recorded_arrivals(

@@ -50,6 +50,61 @@ def train(directory, *arguments, **options):
   )
 
 
+# A program that has imported what takes long, and forks for every run.
+FORKING = """
+import json, os, runpy, sys, traceback
+from absl import app
+from ml_collections import config_flags
+from gsgd_jax import application, experiment, hosts
+
+for line in sys.stdin:
+  program, arguments, directory, files, environment = json.loads(line)
+  child = os.fork()
+  if child:
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+    continue
+  try:
+    for number, name in enumerate([os.devnull, *files]):
+      os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+    os.chdir(directory)
+    os.environ.update(environment)
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name='__main__')
+  except BaseException:
+    traceback.print_exc()
+  sys.stderr.flush()
+  os._exit(1)
+"""
+
+
+@pytest.fixture(scope='module')
+def forked(tmp_path_factory):
+  """`train` for what ends before any training does."""
+  files = [str(tmp_path_factory.mktemp('said') / name) for name in 'oe']
+  with subprocess.Popen(
+    [sys.executable, '-c', FORKING],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  ) as server:
+
+    def run(directory, *arguments, env=None):
+      for name in files:
+        pathlib.Path(name).write_text('')
+      program = str(ROOT / 'train.py')
+      request = (program, arguments, str(directory), files, env or {})
+      print(json.dumps(request), file=server.stdin, flush=True)
+      code = int(server.stdout.readline())
+      said = (pathlib.Path(name).read_text() for name in files)
+      return subprocess.CompletedProcess(arguments, code, *said)
+
+    yield run
+    server.stdin.close()
+
+
 def lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -391,10 +446,14 @@ BAD_INPUT = [
 ]
 
 
+# As users start it: one where flags are read, one where settings are.
+ALONE = ('--nosuch=1',), ('--config.workers=0',)
+
+
 @pytest.mark.parametrize(
   'arguments, sentence', BAD_INPUT, ids=[' '.join(a) for a, _ in BAD_INPUT]
 )
-def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
+def test_bad_input_is_one_sentence(tmp_path, forked, arguments, sentence):
   for name, text in BAD_FILES.items():
     (tmp_path / name).write_text(text)
   (tmp_path / 'a_file').touch()
@@ -405,7 +464,8 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, sentence):
     # Nobody answers there: never a network in tests.
     'https_proxy': 'http://127.0.0.1:9',
   }
-  done = train(tmp_path, *arguments, env=environment)
+  run = train if arguments in ALONE else forked
+  done = run(tmp_path, *arguments, env=environment)
   assert done.returncode == 2
   assert re.search(sentence, done.stderr), done.stderr
   assert len(done.stderr.splitlines()) == 1
@@ -487,9 +547,9 @@ def test_training_as_papers_do_it(tmp_path):
     ('import sys\ndef get_config(): sys.exit(0)', 'SystemExit'),
   ],
 )
-def test_bad_config_files_are_one_sentence(tmp_path, source, sentence):
+def test_bad_config_files_are_one_sentence(tmp_path, forked, source, sentence):
   (tmp_path / 'mine.py').write_text(source)
-  done = train(tmp_path, '--config=mine.py')
+  done = forked(tmp_path, '--config=mine.py')
   assert done.returncode == 2
   assert re.search(sentence, done.stderr), done.stderr
   assert len(done.stderr.splitlines()) == 1
