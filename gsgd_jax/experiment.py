@@ -65,8 +65,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     arrival=jax.ShapeDtypeStruct([], jnp.int32),
   )
   mesh, devices = parallel.devices_of(parallel.make_mesh(config.devices))
-  _check_divides(config, named, devices.number)
   _check_statistics(config, devices.number)
+  _check_divides(config, named, devices.number)
   for method in named:
     _check_pieces(config, method, devices.number)
   stages = task.model.stages
