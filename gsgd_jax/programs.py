@@ -5,6 +5,7 @@ calls at a time. On one device it takes call by call; on several each method
 has its own way (`transformation.parallel_kind`), all of them under `shard_map`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -194,54 +195,54 @@ class Feed:
 
   def rows(self, first_call: int, length: int) -> Rows:
     """The rows of a chunk; padded to one length."""
-    of_seeds = [
-      self._of_seed(seed, first_call, length)
-      for seed in range(len(self._datasets))
-    ]
-    return jax.tree.map(lambda *rows: np.stack(rows), *of_seeds)
+    keys = verification = None
+    if self._streams:
+      batch = self._streamed(first_call, length)
+    else:
+      rows_of = [
+        functools.partial(d.batch_rows, self._size, seed)
+        for seed, d in enumerate(self._datasets)
+      ]
+      batch = self._stacked(rows_of, first_call, length)
+    if self._keyed:
+      keys_of = [
+        functools.partial(batches.batch_keys, self._size, seed)
+        for seed in range(len(self._datasets))
+      ]
+      keys = self._stacked(keys_of, first_call, length)
+    if self._samples:
+      rows_of = [
+        functools.partial(d.verification_rows, seed)
+        for seed, d in enumerate(self._datasets)
+      ]
+      verification = self._stacked(rows_of, first_call, length, self._filling)
+    return Rows(batch, keys, verification)
 
   def close(self) -> None:
     """Streams read ahead no more."""
     for stream in self._streams:
       stream.close()
 
-  def _of_seed(self, seed, first_call, length):
-    dataset, calls = (
-      self._datasets[seed],
-      range(first_call, first_call + length),
-    )
+  def _stacked(self, of_seeds, first_call, length, offset=0):
+    """What there is of each step, from `offset` on, in the room of a chunk."""
+    like = of_seeds[0](0)
+    stacked = np.zeros([len(of_seeds), self.room, *like.shape], like.dtype)
+    begin = max(0, offset - first_call)
+    for seed, of_step in enumerate(of_seeds):
+      for i in range(begin, length):
+        stacked[seed, i] = of_step(first_call + i - offset)
+    return stacked
 
-    def stack(rows_of, offset=0):
-      """What there is of each step, in the room of a chunk."""
-      rows = [
-        (i, rows_of(c - offset)) for i, c in enumerate(calls) if c >= offset
-      ]
-      like = rows[0][1] if rows else rows_of(0)
-      stacked = np.zeros([self.room, *like.shape], like.dtype)
-      for i, row in rows:
-        stacked[i] = row
-      return stacked
-
-    keys = verification = None
-    if dataset.stream is None:
-      batch = stack(lambda step: dataset.batch_rows(self._size, seed, step))
-    else:
-      batch = self._streamed(self._streams[seed], first_call, length)
-    if self._keyed:
-      keys = stack(lambda step: batches.batch_keys(self._size, seed, step))
-    if self._samples:
-      verification = stack(
-        lambda step: dataset.verification_rows(seed, step), self._filling
-      )
-    return Rows(batch, keys, verification)
-
-  def _streamed(self, stream, first_call, length):
+  def _streamed(self, first_call, length):
     """The examples of a chunk, likewise padded."""
-    taken = data.Examples(*stream.take(first_call, length))
-    pad = lambda x: np.concatenate(
-      [x, np.zeros([self.room - length, *x.shape[1:]], x.dtype)]
-    )
-    return jax.tree.map(pad, taken)
+    missing = self.room - length
+
+    def joined(*arrays):
+      x = np.stack(arrays)
+      return np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+
+    taken = (s.take(first_call, length) for s in self._streams)
+    return data.Examples(*map(joined, *taken))
 
 
 def _one_device(settings):

@@ -56,3 +56,12 @@ def test_what_rounds_send_and_hold():
 def test_what_a_delayed_sum_waits_for():
   _, _, ordinary, delayed = table('benchmarks.overlap')
   assert ordinary[3] == '11..11' and delayed[3] == '0..0'
+
+
+def test_what_convolutions_cost():
+  rows = table(
+    'benchmarks.convolution', '--rounds=1', '--windows=1', '--slow=False'
+  )
+  by_name = {row[0]: row for row in rows}
+  assert {'free scoring', 'exact'} <= set(by_name)
+  assert any('patches' in name for name in by_name)

@@ -4,18 +4,21 @@ import contextlib
 import io
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 
 import jax
 import pytest
 
 import gsgd_jax
-from gsgd_jax import parallel, settings
+from gsgd_jax import images, parallel, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 COMPENSATION = (ROOT / 'docs' / 'compensation.md').read_text()
 DEVICES = (ROOT / 'docs' / 'devices.md').read_text()
+NETWORKS = (ROOT / 'docs' / 'networks.md').read_text()
 CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
 
 
@@ -51,6 +54,36 @@ def test_the_guide_to_compensations_runs():
   assert len(losses) == 5
   for name, loss in losses:
     assert float(loss) < 0.5, name  # From 5.25.
+
+
+def test_the_guide_to_networks_runs():
+  printed = printed_by(NETWORKS, 'networks.md')
+  loss = re.fullmatch(r'batch norm under delay: loss (\S+)\n', printed)[1]
+  assert float(loss) < 0.5  # From 5.25.
+
+
+def test_the_guide_knows_every_model():
+  for name in settings.MODELS:
+    assert f'`{name}`' in NETWORKS
+
+
+def test_the_readme_prepares_images(tmp_path):
+  """Its command, and that training finds what it leaves."""
+  (command,) = re.findall(
+    r'^python (examples/\S+) (\S+)$', README, re.MULTILINE
+  )
+  assert command[1] == '--data_dir=prepared'
+  for _ in range(2):  # What is prepared stays.
+    done = subprocess.run(
+      [sys.executable, ROOT / command[0], command[1]],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+  read = images.read('tfds:digits', str(tmp_path / 'prepared'))
+  assert (read.train.examples, read.test.examples) == (1400, 397)
+  assert read.classes[3] == '3'
 
 
 @pytest.mark.parametrize('number', [1, 8])
