@@ -5,7 +5,8 @@
   python train.py --config=configs/cifar10_resnet20.py:16,dana
 
 The number is that of the workers (1, 8, 16, 32, 64 in the literature; 16 where
-it is left out), what follows it a compensation. Batches of 128, momentum 0.9,
+it is left out), what follows it a compensation, to be compared with the run
+without one. Batches of 128, momentum 0.9,
 weight decay 1e-4, 160 epochs, the rate of 0.1 multiplied by 0.1 at epochs 80
 and 120; images padded by 4, cropped and mirrored (He et al. 2016). Workers that
 are several begin at a rate of 0.1 / N, which rises over 5 epochs (Hakimi et al.
@@ -23,6 +24,14 @@ def get_config(arguments: str = '16') -> ml_collections.ConfigDict:
   number, _, compensation = arguments.partition(',')
   if not number.isdecimal() or not int(number):
     raise ValueError(f'a number of workers should stand here, got {number!r}')
+  if compensation:
+    settings.one_of(
+      'what follows the number', compensation, settings.COMPENSATIONS
+    )
+    if int(number) == 1:
+      raise ValueError(
+        f'one worker has no delay that {compensation} could mend'
+      )
   workers = int(number)
   config = settings.default_config()
   config.dataset = 'tfds:cifar10'
@@ -43,15 +52,10 @@ def get_config(arguments: str = '16') -> ml_collections.ConfigDict:
   if workers == 1:
     config.methods = ('sequential',)
   else:
-    config.methods = (
-      'asynchronous',
-      'asynchronous+consistent',
-      'asynchronous+random',
-    )
+    what = f'asynchronous+{compensation}' if compensation else 'asynchronous'
+    config.methods = (what, f'{what}+consistent', f'{what}+random')
     config.warmup_epochs = 5.0
     config.warmup_start = 1 / workers
-  if compensation:
-    config.compensation = compensation
   # Those that are optimizers have their own momentum.
   if compensation not in compensations.OPTIMIZERS:
     config.optimizer = 'momentum'

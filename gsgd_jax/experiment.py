@@ -15,6 +15,7 @@ from gsgd_jax import (
   compensations,
   data,
   events,
+  hosts,
   optimizers,
   parallel,
   settings,
@@ -38,13 +39,15 @@ def check(config: ml_collections.ConfigDict) -> None:
   trained. A data file that cannot be read is an OSError.
   """
   settings.check(config)
-  config = resolved(config)
   named = events.methods(config)
   compensations.check_used(config)
+  config = resolved(config)
   for method in named:
     _check_guidance(config, method)
   dataset = _load(config, 0)
   _check_batches(config, dataset)
+  if config.distributed:
+    hosts.check_same_data(dataset)
   for seed in range(1, config.seeds):
     _load(config, seed)
   for method in named:
@@ -134,6 +137,21 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   batches = dataset.examples // config.batch_size
   if config.epochs is not None:
     config.updates = max(1, round(config.epochs * batches))
+  length = config.updates / batches
+  for name, epochs in (
+    ('warmup_epochs', (config.warmup_epochs,)),
+    ('drop_epochs', config.drop_epochs),
+  ):
+    if epochs and max(epochs) > length:
+      raise ValueError(
+        f'{name} must be at most the {length:g} epochs of the run, got '
+        f'{epochs[0] if len(epochs) == 1 else tuple(epochs)}'
+      )
+    if any(e and not round(e * batches) for e in epochs):
+      raise ValueError(
+        f'{name} must be at least one of the {batches} updates in an epoch, '
+        f'got {min(e for e in epochs if e)}'
+      )
   if config.evaluate_epochs is not None:
     config.evaluate_every = max(1, round(config.evaluate_epochs * batches))
   for name, nothing, value in (

@@ -159,16 +159,40 @@ def _check_same(config):
   """Raises unless all processes have the same settings and versions."""
   import jax
 
-  from gsgd_jax import __version__, parallel
+  from gsgd_jax import __version__
 
   same = {k: v for k, v in config.to_dict().items() if k != 'process_id'}
-  text = repr((sorted(same.items()), __version__, jax.__version__))
-  digest = hashlib.sha256(text.encode()).digest()[:4]
-  if not parallel.same_on_all_hosts(np.frombuffer(digest, np.uint8)):
+  same = (sorted(same.items()), __version__, jax.__version__)
+  if not _agreed(repr(same)):
     raise ValueError(
       'the processes of a run must have the same settings, process_id aside, '
       'and the same versions of gsgd_jax and jax'
     )
+
+
+def check_same_data(dataset) -> None:
+  """Raises unless all processes have read the same data, as far as sizes say.
+
+  Whether a set streams depends on a machine's memory, which version is read on
+  what is prepared there.
+  """
+  streams = dataset.stream is not None
+  same = (dataset.shape, dataset.classes, dataset.examples, streams)
+  sizes = [dataset.count(s) for s in dataset[2:5] if s is not None]
+  if not _agreed(repr((same, sizes, dataset.scale))):
+    raise ValueError(
+      f'the processes of a run must read the same data, and {dataset.name} is '
+      'not the same here: give all the same files, version and '
+      '--config.stream=True or False'
+    )
+
+
+def _agreed(text):
+  """Whether all processes call this with the same text."""
+  from gsgd_jax import parallel
+
+  digest = hashlib.sha256(text.encode()).digest()[:4]
+  return parallel.same_on_all_hosts(np.frombuffer(digest, np.uint8))
 
 
 def leave() -> None:

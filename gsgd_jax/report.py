@@ -334,6 +334,7 @@ def _of_method(history, config):
     'worker_shares': None
     if history.arrivals is None
     else history.arrivals.shares,
+    'test_loss': last(history.test_loss),
     'test_accuracy': {
       'validation_chosen': _of_chosen(chosen(history, 'validation')),
       'last': _of_chosen(chosen(history, 'last')),
@@ -370,13 +371,19 @@ def draw(
   config: ml_collections.ConfigDict,
   histories: dict[str, events.History],
 ) -> None:
-  """Accuracy and loss, by updates and by simulated time; one line a method."""
+  """Accuracy and loss, by updates and by simulated time; one line a method.
+
+  Of text the test loss is what accuracy is of other data.
+  """
+  text = config.model == 'gpt'
   plt = _pyplot()
   figure, axes = plt.subplots(
     2, 2, figsize=(11, 7.6), layout='constrained', sharey='row'
   )
   (by_updates, by_time), (loss_by_updates, loss_by_time) = axes
-  by_updates.set(ylabel='test accuracy, %')
+  by_updates.set(
+    ylabel='test loss, nats a character' if text else 'test accuracy, %'
+  )
   loss_by_updates.set(
     xlabel='updates',
     ylabel=f'training loss (geometric mean; floor {_FLOOR:g})',
@@ -387,19 +394,20 @@ def draw(
     axis.set_xscale('log')  # Methods differ by factors.
   first = []
   for history, style in _styled(histories):
-    accuracy, loss = 100 * history.test_accuracy, history.train_loss
-    _band(by_updates, history.step, accuracy, style)
+    tested = history.test_loss if text else 100 * history.test_accuracy
+    loss = history.train_loss
+    _band(by_updates, history.step, tested, style)
     _band(loss_by_updates, history.step, loss, style)
     time = history.simulated_time.mean(axis=1)
     begun = time > 0  # Zero has no place on a logarithmic axis.
     if begun.any():
-      _band(by_time, time[begun], accuracy[begun], style)
+      _band(by_time, time[begun], tested[begun], style)
       _band(loss_by_time, time[begun], loss[begun], style)
     first.append(loss[0].mean())
   if first:
     bottom, top = loss_by_updates.get_ylim()
     loss_by_updates.set_ylim(bottom, min(top, _HIGHEST * max(first)))
-  _legend(figure, by_updates, 'lower right')
+  _legend(figure, by_updates, 'upper right' if text else 'lower right')
   _save(figure, axes.flat, _title(config, histories), path)
 
 

@@ -78,8 +78,9 @@ def default_config() -> ml_collections.ConfigDict:
   config.image_size = config_dict.placeholder(int)
   config.stream = config_dict.placeholder(bool)
   config.augmentation = config_dict.placeholder(str)
-  # Training examples that the training loss of large models is measured on.
-  config.measured = 10_000
+  # Examples of a split that large models are measured on at most, from all over
+  # it; None is 10,000 images, 400 windows of text.
+  config.measured = config_dict.placeholder(int)
   # Model: one of MODELS.
   config.model = 'mlp'
   config.hidden = (64,)  # Of mlp: units of each hidden layer.
@@ -260,9 +261,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     _text(config, name, optional=True)
   for name in ('workers', 'batch_size', 'seeds', 'updates', 'evaluate_every'):
     _integer(config, name, 1)
-  for name in ('measured', 'context', 'layers', 'heads', 'width'):
+  for name in ('context', 'layers', 'heads', 'width'):
     _integer(config, name, 1)
   _integer(config, 'image_size', 1, optional=True)
+  _integer(config, 'measured', 1, optional=True)
   _integer(config, 'window', 1)
   _integer(config, 'accumulate', 1)
   if not isinstance(config.delay, str) or config.delay != BY_DEPTH:
@@ -452,7 +454,17 @@ def _between(config):
     raise ValueError(
       f'replays must be from 0 to window={config.window}, got {config.replays}'
     )
-  if not 0 < config.train_share < 1 - config.validation_share - 1e-9:
+  images = config.dataset.startswith('tfds:')  # Tested on their own split.
+  if images and config.validation_share == 1:
+    raise ValueError('validation_share must leave something to train on, got 1')
+  for name in ('data_dir', 'image_size', 'stream', 'augmentation'):
+    if config[name] is not None and not images:
+      raise ValueError(
+        f'{name} is of image sets by name, tfds:NAME, and {config.dataset} is '
+        'none'
+      )
+  rest = 1 - config.validation_share - 1e-9
+  if not images and not 0 < config.train_share < rest:
     raise ValueError(
       'train_share must be above 0 and leave something for testing, got '
       f'train_share={config.train_share:g} and '

@@ -10,6 +10,9 @@ import ml_collections
 
 from gsgd_jax import accumulation, augmentation, data, models
 
+_DENSE = ('mlp', 'softmax_regression')
+# Examples of a split that are measured, where a config does not say.
+_MOST_IMAGES, _MOST_TEXT = 10_000, 400
 _CALIBRATION = 500  # Examples whose statistics batch normalisation takes.
 _BLOCK = 250  # Examples of large models that are measured at once.
 
@@ -39,6 +42,7 @@ def make(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
   Raises:
     ValueError: The model cannot learn these data.
   """
+  _check_meaning(config)
   model = make_model(config, dataset)
   prepare = _preparation(config, dataset)
   return Task(
@@ -47,6 +51,19 @@ def make(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     _measure(config, dataset, model, prepare),
     keyed=model.needs_keys or config.augmentation is not None,
   )
+
+
+def _check_meaning(config):
+  """A setting of other models would do nothing."""
+  cnn = config.model.startswith('cnn_')
+  if config.dropout and not (cnn or config.model == 'gpt'):
+    raise ValueError(
+      f'dropout is of gpt and the CNNs, and model={config.model} has none'
+    )
+  if config.normalization != 'group' and config.model != 'resnet20':
+    raise ValueError(
+      f'normalization is of resnet20, and model={config.model} has none'
+    )
 
 
 def make_model(
@@ -65,12 +82,11 @@ def make_model(
       dropout=config.dropout,
       **settings,
     )
-  if config.model == 'softmax_regression':
-    return models.softmax_regression(math.prod(shape), classes)
-  if config.model == 'mlp':
+  if config.model in _DENSE:
+    hidden = config.hidden if config.model == 'mlp' else ()
     # Of float32, what parameters are, nothing need be said.
     dtype = None if config.dtype == 'float32' else settings['dtype']
-    return models.mlp(math.prod(shape), config.hidden, classes, dtype=dtype)
+    return models.mlp(math.prod(shape), hidden, classes, dtype=dtype)
   if len(shape) != 3:
     raise ValueError(
       f'{config.model} learns images, and {config.dataset} holds none; use '
@@ -121,16 +137,21 @@ def _preparation(config, dataset):
 def _measure(config, dataset, model, prepare):
   """A function of parameters and the splits' arrays."""
   # Tables are small; images and text may not fit into memory as activations.
-  dense = config.model in ('mlp', 'softmax_regression')
-  small = dense and dataset.scale is None
+  small = config.model in _DENSE and dataset.scale is None
+  most = config.measured
+  if most is None:
+    most = _MOST_TEXT if config.model == 'gpt' else _MOST_IMAGES
   loss_fn = models.evaluation_loss(model, prepare)
   accuracy_fn = models.accuracy(model, prepare)
 
-  def of_split(params, split, count):
-    """Loss and accuracy of the first examples, block by block."""
+  def of_split(params, split):
+    """Loss and accuracy of examples from all over it, block by block."""
+    there = dataset.count(split)
+    count = there if small else min(there, most)
 
     def of_rows(first, size):
       numbers = first + jnp.arange(size, dtype=jnp.int32)
+      numbers *= there // count
       rows = dataset.rows_in_order(split, numbers)
       examples = dataset.take(split, rows)
       return loss_fn(params, examples), accuracy_fn(params, examples)
@@ -162,10 +183,7 @@ def _measure(config, dataset, model, prepare):
       if split is None:
         loss = accuracy = jnp.asarray(jnp.nan)
       else:
-        count = dataset.count(split)
-        if name == 'train' and not small:
-          count = min(count, config.measured)
-        loss, accuracy = of_split(params, split, count)
+        loss, accuracy = of_split(params, split)
       measured[f'{name}_loss'] = loss
       measured[f'{name}_accuracy'] = accuracy
     return measured

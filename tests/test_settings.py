@@ -37,12 +37,12 @@ LEAST = dict(
   delay=0,
   warmup=0,
 )
-LEAST |= dict(measured=1, context=1, layers=1, heads=1, width=1)
+LEAST |= dict(context=1, layers=1, heads=1, width=1)
 OPTIONAL_LEAST = dict(
   patience=1, replays=0, revisit=0, wait_for=1, split_batch_size=1, max_ahead=0
 )
 OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
-OPTIONAL_LEAST |= dict(image_size=1)
+OPTIONAL_LEAST |= dict(image_size=1, measured=1)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread', 'dropout']
 SHARES += ['drop_factor']
 OPTIONAL_SHARES = ['warmup_start']

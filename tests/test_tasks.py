@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from gsgd_jax import (
   augmentation,
@@ -12,6 +13,7 @@ from gsgd_jax import (
   events,
   experiment,
   images,
+  layers,
   models,
   parallel,
   programs,
@@ -19,6 +21,7 @@ from gsgd_jax import (
   tasks,
   transformation,
 )
+from tests.test_experiment import load_config
 
 pytestmark = pytest.mark.usefixtures('as_users_run_it')
 VERSE = 'the quick brown fox jumps over the lazy dog.\n' * 40
@@ -164,7 +167,8 @@ def test_large_sets_are_measured_block_by_block(digits_dir, monkeypatch):
     seen.append(jax.jit(task.measure)(params, splits))
   for name in seen[0]:
     np.testing.assert_allclose(seen[0][name], seen[1][name], rtol=1e-5)
-  first = jax.tree.map(lambda x: x[:300], splits[0])
+  # 1,120 there are; every third is measured.
+  first = jax.tree.map(lambda x: x[:900:3], splits[0])
   np.testing.assert_allclose(
     seen[0]['train_loss'], task.loss_fn(params, first), rtol=1e-5
   )
@@ -245,6 +249,56 @@ def test_statistics_are_measured_where_they_are_used(digits_dir):
   measured, by_hand = both(jax.random.key(0))
   np.testing.assert_allclose(measured['train_loss'], by_hand[0], rtol=1e-4)
   np.testing.assert_allclose(measured['test_loss'], by_hand[1], rtol=1e-4)
+
+
+def test_replays_leave_nothing_in_batch_normalisation(digits_dir, monkeypatch):
+  """What is reported is what the parameters give, whatever led to them."""
+  config = of_digits(
+    digits_dir,
+    model='resnet20',
+    normalization='batch',
+    seeds=1,
+    workers=2,
+    window=2,
+    replays=1,
+    updates=4,
+    evaluate_every=4,
+    measured=20,
+  )
+  # Compiled faster than patches.
+  monkeypatch.setattr(layers.jax, 'default_backend', lambda: 'other')
+  measured_at, made = [], programs.make
+
+  def kept(*args):
+    programs_ = made(*args)
+
+    def measure(evaluated, arrays):
+      measured_at.append(jax.tree.map(lambda x: x[0], evaluated))
+      return programs_.measure(evaluated, arrays)
+
+    return programs_._replace(measure=measure)
+
+  monkeypatch.setattr(programs, 'make', kept)
+  (history,) = experiment.run(config).values()
+  assert history.gradient_evaluations[-1] == 4 + 1 + 2  # With two replays.
+  dataset = experiment._load(config, 0)
+  task = tasks.make(config, dataset)
+  arrays = jax.tree.map(jnp.asarray, tuple(dataset[2:5]))
+  by_hand = jax.jit(task.measure)(measured_at[-1], arrays)
+  for name, value in by_hand.items():
+    np.testing.assert_allclose(
+      getattr(history, name)[-1, 0], value, rtol=1e-3, err_msg=name
+    )
+  assert history.train_loss[0] != history.train_loss[1]
+
+
+def test_mnist_by_its_name():
+  config = load_config('mnist_cnn', seeds=1, methods=('delayed',), delay=1)
+  config.update(dict(epochs=1.0, evaluate_epochs=1.0, measured=30))
+  with tfds.testing.mock_data(num_examples=200):
+    (history,) = experiment.run(config).values()
+  assert history.status == 'completed'
+  assert history.step.tolist() == [0, 2]  # 180 // 64 in an epoch.
 
 
 def test_batch_normalisation_wants_whole_batches(monkeypatch, digits_dir):
@@ -328,6 +382,20 @@ def test_bfloat16_trains_as_float32(text):
     np.testing.assert_allclose(
       rough.train_loss, exact.train_loss, rtol=0.05, err_msg=config.model
     )
+
+
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    (dict(dropout=0.1), 'dropout is of gpt and the CNNs'),
+    (dict(normalization='batch'), 'normalization is of resnet20'),
+    (dict(image_size=8), 'image_size is of image sets by name'),
+    (dict(stream=True), 'stream is of image sets by name'),
+    (dict(data_dir='here'), 'data_dir is of image sets by name'),
+  ],
+)
+def test_settings_of_other_models(changes, said):
+  assert said in refusal(short(**changes))
 
 
 def refusal(config):
