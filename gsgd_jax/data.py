@@ -30,17 +30,6 @@ class Text(NamedTuple):
   tokens: np.ndarray  # shape=(n,), int32: positions in the classes.
 
 
-class Stream(NamedTuple):
-  """Training images that are read as they are needed."""
-
-  source: images.Streamed
-  rows: np.ndarray  # shape=(n,): their record numbers.
-
-  def batches(self, batch_size: int, seed: int) -> images.Stream:
-    """Their batches, a function of (seed, step)."""
-    return self.source.batches(self.rows, batch_size, seed)
-
-
 class Dataset(NamedTuple):
   """A data set, split into three.
 
@@ -64,13 +53,13 @@ class Dataset(NamedTuple):
   test: Examples | Text
   shape: tuple[int, ...]
   scale: tuple[np.ndarray, np.ndarray] | None = None
-  stream: Stream | None = None
+  stream: images.Streamed | None = None
 
   @property
   def examples(self) -> int:
     """Training examples: an epoch is a pass over so many."""
     if self.stream is not None:
-      return len(self.stream.rows)
+      return self.stream.examples
     return self.count(self.train)
 
   def count(self, split: Examples | Text) -> int:
@@ -207,7 +196,7 @@ def load(
   Raises:
     ValueError: The data are unknown or malformed; a split is empty; the
       training rows hold one class only.
-    OSError: The file cannot be read.
+    OSError: The file, or a record, cannot be read.
 
   Examples:
     >>> from gsgd_jax import data
@@ -282,28 +271,27 @@ def _text(name, context, train_share, validation_share):
 
 @functools.cache
 def _images(name, validation_share, data_dir, image_size, stream):
-  """An image set; of what is streamed, samples are held in memory."""
+  """An image set; of what is streamed, samples are held in memory.
+
+  What is held is kept here, once: seeds and calls share it.
+  """
   read = images.read(name, data_dir, image_size=image_size, stream=stream)
   order = np.random.default_rng(_SPLIT).permutation(read.train.examples)
   rows = _split(name, order, 1 - validation_share, validation_share, test=False)
-  sources_ = (read.train, read.train, read.test)
-  rows = (*rows[:2], np.arange(read.test.examples))
-  splits = [
-    _held(source, part) if len(part) else None
-    for source, part in zip(sources_, rows, strict=True)
-  ]
-  stream = None
+  scale, stream = (read.mean, read.deviation), None
   if isinstance(read.train, images.Streamed):
-    stream = Stream(read.train, rows[0])
-  scale = (read.mean, read.deviation)
-  return Dataset(name, read.classes, *splits, read.shape, scale, stream)
-
-
-def _held(source, rows):
-  """Images in memory; of what is streamed, a sample."""
-  if isinstance(source, images.Streamed):
-    return Examples(*source.read(rows[:_SAMPLE]))
-  return Examples(*source.gather(rows))
+    stream = read.train.part(rows[0])
+    of_rows = lambda split, rows: split.read(rows[:_SAMPLE])
+    test = of_rows(read.test, range(read.test.examples))
+  else:
+    of_rows, test = images.Images.gather, read.test
+  splits = [
+    Examples(*of_rows(read.train, part)) if len(part) else None
+    for part in rows[:2]
+  ]
+  return Dataset(
+    name, read.classes, *splits, Examples(*test), read.shape, scale, stream
+  )
 
 
 _PARTS = ('training', 'validation', 'testing')
