@@ -256,16 +256,16 @@ def load(
 def _text(name, context, train_share, validation_share):
   """Text in one piece, cut where the shares end."""
   tokens, classes = sources.read_text(name)
-  order = np.arange(len(tokens), dtype=np.int32)
-  parts = _split(name, order, train_share, validation_share)
-  for part, rows in zip(_PARTS, parts, strict=True):
-    if len(rows) <= context and (part != 'validation' or len(rows)):
+  # Views of the tokens, which stay in memory once.
+  splits = _split(name, tokens, train_share, validation_share)
+  for part, split in zip(_PARTS, splits, strict=True):
+    if len(split) <= context and (part != 'validation' or len(split)):
       raise ValueError(
         f'{name} is too short: its {len(tokens):,} characters leave '
-        f'{len(rows):,} for {part}, and context={context} needs '
+        f'{len(split):,} for {part}, and context={context} needs '
         f'{context + 1:,}; give a longer text or a smaller context'
       )
-  splits = [Text(tokens[rows]) if len(rows) else None for rows in parts]
+  splits = [Text(split) if len(split) else None for split in splits]
   return Dataset(name, classes, *splits, (context,))
 
 
@@ -297,19 +297,20 @@ def _images(name, validation_share, data_dir, image_size, stream):
 _PARTS = ('training', 'validation', 'testing')
 
 
-def _split(name, order, train_share, validation_share, test=True):
+def _split(name, whole, train_share, validation_share, test=True):
+  """Cuts an array, of rows or of tokens, where the shares end."""
   # A share such as 0.29 of 100 is 28.999999999999996 in floating point.
-  count = lambda share: int(share * len(order) + 1e-9)
+  count = lambda share: int(share * len(whole) + 1e-9)
   ends = np.cumsum([count(train_share), count(validation_share)])
-  rows = np.split(order, ends)
+  parts = np.split(whole, ends)
   wanted = (True, validation_share > 0, test)
-  for split, part, want in zip(rows, _PARTS, wanted, strict=True):
+  for split, part, want in zip(parts, _PARTS, wanted, strict=True):
     if want and not len(split):
       raise ValueError(
-        f'the {len(order)} examples of {name} leave none for {part} '
+        f'the {len(whole)} examples of {name} leave none for {part} '
         f'(train_share={train_share:g}, validation_share={validation_share:g})'
       )
-  return rows
+  return parts
 
 
 def _standard(inputs, train_rows):
