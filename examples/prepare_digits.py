@@ -10,13 +10,14 @@ and the files array_record, so TensorFlow is not needed.
 Exit codes: 0 done, 2 bad input (one sentence).
 """
 
+import contextlib
+import io
 import pathlib
 import sys
 import warnings
 
 import numpy as np
 from absl import app, flags, logging
-from sklearn import datasets
 
 _DATA_DIR = flags.DEFINE_string('data_dir', 'prepared', 'Where sets are kept.')
 _TRAIN = 1400  # Of 1,797; the others are for testing.
@@ -41,8 +42,10 @@ def _builder(tfds):
       )
 
     def _split_generators(self, dl_manager):
+      import sklearn.datasets
+
       del dl_manager  # Nothing is downloaded.
-      images, labels = datasets.load_digits(return_X_y=True)
+      images, labels = sklearn.datasets.load_digits(return_X_y=True)
       images = (images * 255 / 16).round().astype(np.uint8)
       images = images.reshape(-1, 8, 8, 1)
       return {
@@ -57,25 +60,44 @@ def _builder(tfds):
   return Digits
 
 
-def main(argv):
-  """Prepares the set, unless that is done."""
+def _prepare(folder):
+  """Prepares the set, unless that is done; returns its folder."""
+  folder.mkdir(parents=True, exist_ok=True)
   import tensorflow_datasets as tfds
 
-  if len(argv) > 1:
-    print(
-      f'prepare_digits.py: unexpected argument {argv[1]!r}', file=sys.stderr
-    )
-    sys.exit(2)
-  folder = pathlib.Path(_DATA_DIR.value)
-  if folder.exists() and not folder.is_dir():
-    print(f'prepare_digits.py: {folder} is no folder', file=sys.stderr)
-    sys.exit(2)
   logging.set_verbosity(logging.ERROR)
   tfds.disable_progress_bar()
-  with warnings.catch_warnings(action='ignore'):
-    builder = _builder(tfds)(data_dir=str(folder), file_format='array_record')
+  with (
+    contextlib.redirect_stdout(io.StringIO()),
+    warnings.catch_warnings(action='ignore'),
+  ):
+    try:
+      builder = _builder(tfds)(data_dir=str(folder), file_format='array_record')
+    except Exception as e:  # Of any kind: files may hold anything.
+      raise ValueError(f'{folder / "digits"} is damaged; delete it') from e
     builder.download_and_prepare()
-  print(builder.data_path)
+  return builder.data_path
+
+
+def main(argv):
+  """Prepares the set, or says in a sentence why not."""
+  try:
+    if len(argv) > 1:
+      raise ValueError(f'unexpected argument {argv[1]!r}')
+    if not _DATA_DIR.value:
+      raise ValueError('data_dir must name a folder, got an empty name')
+    print(_prepare(pathlib.Path(_DATA_DIR.value).expanduser()))
+  except ImportError as e:
+    _fail(f"the package {e.name} is needed: pip install 'gsgd_jax[train]'")
+  except OSError as e:
+    _fail(f'{e.filename}: {e.strerror}' if e.filename else str(e))
+  except ValueError as e:
+    _fail(str(e))
+
+
+def _fail(sentence):
+  print(f'prepare_digits.py: {sentence.splitlines()[0]}', file=sys.stderr)
+  sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ array_record format are read by themselves.
 """
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -12,15 +13,32 @@ import pathlib
 import re
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
-
-from gsgd_jax import settings
 
 PREFIX = 'tfds:'
 _FORMAT = 'array_record'
-_NAME = re.compile(r'(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?')
+_NAME = re.compile(r'([\w-]+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?')
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
+_WELL_KNOWN = (
+  'cifar10',
+  'cifar100',
+  'emnist',
+  'fashion_mnist',
+  'food101',
+  'imagenet2012',
+  'imagenette',
+  'kmnist',
+  'mnist',
+  'oxford_flowers102',
+  'oxford_iiit_pet',
+  'stl10',
+  'svhn_cropped',
+)
+
+
+class DamagedData(OSError):
+  """A record that cannot be used; it may be met long after training began."""
 
 
 class Prepared(NamedTuple):
@@ -34,9 +52,9 @@ class Prepared(NamedTuple):
   train: Sequence[dict] = ()
   tests: tuple[Sequence[dict], ...] = ()  # Test records, validation records.
 
-  def broken(self, error: BaseException, what: str = '') -> ValueError:
-    """What to raise of files that cannot be read."""
-    return ValueError(
+  def broken(self, error: BaseException, what: str = '') -> str:
+    """What to say of files that cannot be read."""
+    return (
       f'{self.folder} does not hold the whole of {self.name} '
       f'({what}{_reason(error)}); delete it and prepare it anew, where there '
       f'is a network: {self.command}'
@@ -71,9 +89,23 @@ def open_set(name: str, data_dir: str | os.PathLike | None) -> Prepared:
       try:
         builder = tfds.builder_from_directory(str(folder))
       except Exception as e:  # Of any kind: files may hold anything.
-        raise prepared.broken(e) from e
+        raise ValueError(prepared.broken(e)) from e
       _check_format(prepared, builder.info)
     return _opened(prepared, builder)
+
+
+def nearest(name: str, known: Iterable[str] = _WELL_KNOWN) -> str:
+  """`'; did you mean tfds:X?'`, or nothing where no set's name is near.
+
+  Small and capital letters, ``-`` and ``_`` count for nothing.
+  """
+  plain = lambda name: re.sub('[-_]', '', name).lower()
+  set_name, *rest = re.split('([/:].*)', name, maxsplit=1)
+  sets = {plain(x): x for x in known}
+  close = difflib.get_close_matches(plain(set_name), sets, n=1, cutoff=0.6)
+  if not close:
+    return ''
+  return f'; did you mean {PREFIX}{sets[close[0]]}{"".join(rest)}?'
 
 
 def _reason(error):
@@ -166,6 +198,13 @@ def _versions(folder):
   return sorted(names, key=lambda name: [int(n) for n in name.split('.')])
 
 
+def _holds_versions(folder):
+  """Whether a set, or its configurations, have versions there."""
+  if not folder.is_dir():
+    return False
+  return any(map(_versions, (folder, *folder.iterdir())))
+
+
 def _mocked(tfds, prepared, root, known):
   """A builder that needs no folder, as under `tfds.testing.mock_data`."""
   if known:
@@ -180,10 +219,18 @@ def _mocked(tfds, prepared, root, known):
 def _missing(prepared, root, set_name, known):
   """What to raise where no version has a folder."""
   name, top = prepared.name, root / set_name
+  for folder in (root, *root.parents)[:3]:
+    if folder.name == set_name and _holds_versions(folder):
+      return ValueError(
+        f'{root} is a folder of {name} itself; give the one that holds all of '
+        f'it: --config.data_dir={shlex.quote(str(folder.parent))}'
+      )
   if set_name not in known and not top.is_dir():
+    there = root.iterdir() if root.is_dir() else ()
+    sets = [*known, *(p.name for p in there if _holds_versions(p))]
     return ValueError(
       f'tensorflow-datasets knows no set {set_name}, and none is prepared in '
-      f'{root}' + settings.nearest(set_name, known)
+      f'{root}' + nearest(name.removeprefix(PREFIX), sets)
     )
   left = sorted(p for p in top.rglob('*incomplete*') if p.is_dir())
   if left:
@@ -227,7 +274,7 @@ def _opened(prepared, builder):
     for source in sources:
       source[0]  # tfds logs, the first time, that OpenCV would be faster.
   except Exception as e:
-    raise prepared.broken(e) from e
+    raise ValueError(prepared.broken(e)) from e
   keys = info.supervised_keys
   if not isinstance(keys, tuple) or [type(k) for k in keys] != [str, str]:
     keys = None

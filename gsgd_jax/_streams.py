@@ -39,6 +39,7 @@ class Streamed:
     records: Sequence[dict],
     shape: tuple[int, int, int],
     positions: dict[int, int],
+    rows: Sequence[int] | None = None,
   ):
     """See :func:`read`, which makes them."""
     self.name = prepared.name
@@ -46,17 +47,25 @@ class Streamed:
     self._prepared = prepared
     self._records = records
     self._positions = positions  # Of labels, among the classes.
+    self._rows = range(len(records)) if rows is None else rows
 
   @property
   def examples(self) -> int:
     """How many there are."""
-    return len(self._records)
+    return len(self._rows)
+
+  def part(self, rows: Sequence[int]) -> 'Streamed':
+    """Those of these numbers, which are numbered anew."""
+    rows = np.asarray(self._rows)[np.asarray(rows)]
+    return Streamed(
+      self._prepared, self._records, self.shape, self._positions, rows
+    )
 
   def gather(self, rows: Sequence[int]) -> Images:
-    """Reads the records of these numbers."""
+    """Reads those of these numbers."""
     images = _empty((len(rows),), self.shape)
     for i, row in enumerate(rows):
-      self._decode(int(row), images, i)
+      self._decode(int(self._rows[row]), images, i)
     return images
 
   def read(self, rows: Sequence[int]) -> Images:
@@ -68,7 +77,7 @@ class Streamed:
     return images
 
   def labels_of(self, rows: Sequence[int]) -> np.ndarray:
-    """The labels of these records as they are stored, int64."""
+    """The labels of some as they are stored, int64."""
     labels = np.empty(len(rows), np.int64)
 
     def put(i, row):
@@ -78,13 +87,13 @@ class Streamed:
     return labels
 
   def _in_threads(self, rows, do):
-    """`do(i, rows[i])` for all i."""
+    """`do(i, record)` for all i, the number of the record of `rows[i]`."""
     import tqdm
 
     def do_some(start):
       stop = min(start + _CHUNK, len(rows))
       for i in range(start, stop):
-        do(i, int(rows[i]))
+        do(i, int(self._rows[rows[i]]))
       return stop - start
 
     bar = tqdm.tqdm(
@@ -99,30 +108,28 @@ class Streamed:
       for done in pool.map(do_some, range(0, len(rows), _CHUNK)):
         bar.update(done)
 
-  def batches(
-    self, rows: Sequence[int], batch_size: int, seed: int
-  ) -> 'Stream':
-    """Batches of some of the records, read ahead in threads.
+  def batches(self, batch_size: int, seed: int) -> 'Stream':
+    """Batches that are read ahead in threads.
 
     Args:
-      rows: The numbers of the records to train on, shape ``(n,)``.
-      batch_size: From 1 to n.
+      batch_size: From 1 to `examples`.
       seed: An int of at least 0.
 
     Returns:
-      A ``Stream``, whose batch of a step holds the records
-      ``rows[batches.batch_rows(n, batch_size, seed, step)]``.
+      A ``Stream``, whose batch of a step holds those of the numbers
+      ``batches.batch_rows(examples, batch_size, seed, step)``.
 
     Raises:
       ValueError: `batch_size` is out of range.
     """
-    return Stream(self, np.asarray(rows), batch_size, seed)
+    return Stream(self, batch_size, seed)
 
   def _record(self, row):
     try:
       example = self._records[row]
     except Exception as e:  # Of any kind: files may hold anything.
-      raise self._prepared.broken(e, f'record {row}: ') from e
+      what = self._prepared.broken(e, f'record {row}: ')
+      raise _prepared.DamagedData(what) from e
     return tuple(example[key] for key in self._prepared.keys)
 
   def _decode(self, row, images, i):
@@ -133,14 +140,14 @@ class Streamed:
     if image.shape[-1] == 4 and channels == 3:
       image = image[..., :3]  # Without the transparency.
     if image.shape[-1] not in (1, channels):
-      raise ValueError(
+      raise _prepared.DamagedData(
         f'record {row} of {self.name} has an image of {image.shape[-1]} '
         f'channels rather than {channels}'
       )
     if image.shape[:2] != (height, width):
       image = _resized(image, height, width)
     if int(label) not in self._positions:
-      raise ValueError(
+      raise _prepared.DamagedData(
         f'record {row} of {self.name} is of class {int(label)}, which is none '
         f'of the {len(self._positions)} classes to train on'
       )
@@ -151,16 +158,15 @@ class Streamed:
 class Stream:
   """Batches as a function of the seed and the step, read ahead in threads."""
 
-  def __init__(
-    self, images: Streamed, rows: np.ndarray, batch_size: int, seed: int
-  ):
+  def __init__(self, images: Streamed, batch_size: int, seed: int):
     """See :meth:`Streamed.batches`, which makes them."""
     import grain
 
-    if not 1 <= batch_size <= len(rows):
+    n = images.examples
+    if not 1 <= batch_size <= n:
       raise ValueError(
-        f'batch_size must be from 1 to {len(rows)}, the number of training '
-        f'examples, got {batch_size}'
+        f'batch_size must be from 1 to {n}, the number of training examples, '
+        f'got {batch_size}'
       )
     self._shape = (batch_size,), images.shape
     size = batch_size * math.prod(images.shape)
@@ -168,7 +174,7 @@ class Stream:
       num_threads=_threads(),
       prefetch_buffer_size=max(1, min(2 * _threads(), _BUFFER // size)),
     )
-    source = _Batches(images, rows, batch_size, seed)
+    source = _Batches(images, batch_size, seed)
     batches = grain.MapDataset.source(source).to_iter_dataset(options)
     self._iterator = iter(batches)
 
@@ -184,7 +190,7 @@ class Stream:
       width, channels)`` and whose labels are ``(length, batch_size)``.
 
     Raises:
-      ValueError: A record cannot be read.
+      DamagedData: A record cannot be read.
     """
     if first_step != self.position()['next_index']:
       self.restore({'next_index': first_step})
@@ -215,7 +221,6 @@ class _Batches(NamedTuple):
   """What grain reads: a batch for each step."""
 
   images: Streamed
-  rows: np.ndarray
   batch_size: int
   seed: int
 
@@ -223,8 +228,9 @@ class _Batches(NamedTuple):
     return 2**31
 
   def __getitem__(self, step):
-    rows = batches.batch_rows(len(self.rows), self.batch_size, self.seed, step)
-    return tuple(self.images.gather(self.rows[rows]))
+    n = self.images.examples
+    rows = batches.batch_rows(n, self.batch_size, self.seed, step)
+    return tuple(self.images.gather(rows))
 
 
 def _empty(leading, shape):

@@ -30,17 +30,6 @@ class Text(NamedTuple):
   tokens: np.ndarray  # shape=(n,), int32: positions in the classes.
 
 
-class Stream(NamedTuple):
-  """Training images that are read as they are needed."""
-
-  source: images.Streamed
-  rows: np.ndarray  # shape=(n,): their record numbers.
-
-  def batches(self, batch_size: int, seed: int) -> images.Stream:
-    """Their batches, a function of (seed, step)."""
-    return self.source.batches(self.rows, batch_size, seed)
-
-
 class Dataset(NamedTuple):
   """A data set, split into three.
 
@@ -64,13 +53,13 @@ class Dataset(NamedTuple):
   test: Examples | Text
   shape: tuple[int, ...]
   scale: tuple[np.ndarray, np.ndarray] | None = None
-  stream: Stream | None = None
+  stream: images.Streamed | None = None
 
   @property
   def examples(self) -> int:
     """Training examples: an epoch is a pass over so many."""
     if self.stream is not None:
-      return len(self.stream.rows)
+      return self.stream.examples
     return self.count(self.train)
 
   def count(self, split: Examples | Text) -> int:
@@ -207,7 +196,7 @@ def load(
   Raises:
     ValueError: The data are unknown or malformed; a split is empty; the
       training rows hold one class only.
-    OSError: The file cannot be read.
+    OSError: The file, or a record, cannot be read.
 
   Examples:
     >>> from gsgd_jax import data
@@ -267,61 +256,61 @@ def load(
 def _text(name, context, train_share, validation_share):
   """Text in one piece, cut where the shares end."""
   tokens, classes = sources.read_text(name)
-  order = np.arange(len(tokens), dtype=np.int32)
-  parts = _split(name, order, train_share, validation_share)
-  for part, rows in zip(_PARTS, parts, strict=True):
-    if len(rows) <= context and (part != 'validation' or len(rows)):
+  # Views of the tokens, which stay in memory once.
+  splits = _split(name, tokens, train_share, validation_share)
+  for part, split in zip(_PARTS, splits, strict=True):
+    if len(split) <= context and (part != 'validation' or len(split)):
       raise ValueError(
         f'{name} is too short: its {len(tokens):,} characters leave '
-        f'{len(rows):,} for {part}, and context={context} needs '
+        f'{len(split):,} for {part}, and context={context} needs '
         f'{context + 1:,}; give a longer text or a smaller context'
       )
-  splits = [Text(tokens[rows]) if len(rows) else None for rows in parts]
+  splits = [Text(split) if len(split) else None for split in splits]
   return Dataset(name, classes, *splits, (context,))
 
 
 @functools.cache
 def _images(name, validation_share, data_dir, image_size, stream):
-  """An image set; of what is streamed, samples are held in memory."""
+  """An image set; of what is streamed, samples are held in memory.
+
+  What is held is kept here, once: seeds and calls share it.
+  """
   read = images.read(name, data_dir, image_size=image_size, stream=stream)
   order = np.random.default_rng(_SPLIT).permutation(read.train.examples)
   rows = _split(name, order, 1 - validation_share, validation_share, test=False)
-  sources_ = (read.train, read.train, read.test)
-  rows = (*rows[:2], np.arange(read.test.examples))
-  splits = [
-    _held(source, part) if len(part) else None
-    for source, part in zip(sources_, rows, strict=True)
-  ]
-  stream = None
+  scale, stream = (read.mean, read.deviation), None
   if isinstance(read.train, images.Streamed):
-    stream = Stream(read.train, rows[0])
-  scale = (read.mean, read.deviation)
-  return Dataset(name, read.classes, *splits, read.shape, scale, stream)
-
-
-def _held(source, rows):
-  """Images in memory; of what is streamed, a sample."""
-  if isinstance(source, images.Streamed):
-    return Examples(*source.read(rows[:_SAMPLE]))
-  return Examples(*source.gather(rows))
+    stream = read.train.part(rows[0])
+    of_rows = lambda split, rows: split.read(rows[:_SAMPLE])
+    test = of_rows(read.test, range(read.test.examples))
+  else:
+    of_rows, test = images.Images.gather, read.test
+  splits = [
+    Examples(*of_rows(read.train, part)) if len(part) else None
+    for part in rows[:2]
+  ]
+  return Dataset(
+    name, read.classes, *splits, Examples(*test), read.shape, scale, stream
+  )
 
 
 _PARTS = ('training', 'validation', 'testing')
 
 
-def _split(name, order, train_share, validation_share, test=True):
+def _split(name, whole, train_share, validation_share, test=True):
+  """Cuts an array, of rows or of tokens, where the shares end."""
   # A share such as 0.29 of 100 is 28.999999999999996 in floating point.
-  count = lambda share: int(share * len(order) + 1e-9)
+  count = lambda share: int(share * len(whole) + 1e-9)
   ends = np.cumsum([count(train_share), count(validation_share)])
-  rows = np.split(order, ends)
+  parts = np.split(whole, ends)
   wanted = (True, validation_share > 0, test)
-  for split, part, want in zip(rows, _PARTS, wanted, strict=True):
+  for split, part, want in zip(parts, _PARTS, wanted, strict=True):
     if want and not len(split):
       raise ValueError(
-        f'the {len(order)} examples of {name} leave none for {part} '
+        f'the {len(whole)} examples of {name} leave none for {part} '
         f'(train_share={train_share:g}, validation_share={validation_share:g})'
       )
-  return rows
+  return parts
 
 
 def _standard(inputs, train_rows):

@@ -1,8 +1,6 @@
 """An experiment: config -> data, model -> training, method by method."""
 
-import contextlib
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from gsgd_jax import (
+  _machine,
   compensations,
   data,
   events,
@@ -24,12 +23,6 @@ from gsgd_jax import (
   transformation,
 )
 from gsgd_jax._methods import nearest_multiple
-
-# What a container may take on Linux, by either version of control groups.
-_LIMITS = (
-  pathlib.Path('/sys/fs/cgroup/memory.max'),
-  pathlib.Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'),
-)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -342,13 +335,7 @@ def _memory():
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
     return (device.memory_stats() or {}).get('bytes_limit')
-  if not hasattr(os, 'sysconf'):
-    return None
-  there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  for limit in _LIMITS:
-    with contextlib.suppress(OSError, ValueError):  # 'max' is no limit.
-      there = min(there, int(limit.read_text()))
-  return there
+  return _machine.memory()
 
 
 def run(

@@ -6,19 +6,19 @@ memory or streamed, a step has the same batch: `batches.batch_rows` says which
 of the training records it holds.
 """
 
-import functools
 import math
 import os
 from typing import NamedTuple
 
 import numpy as np
 
-from gsgd_jax import _prepared
-from gsgd_jax._prepared import PREFIX
+from gsgd_jax import _machine, _prepared
+from gsgd_jax._prepared import PREFIX, DamagedData
 from gsgd_jax._streams import Images, Stream, Streamed
 
 __all__ = [
   'PREFIX',
+  'DamagedData',
   'ImageSet',
   'Images',
   'Stream',
@@ -46,7 +46,6 @@ class ImageSet(NamedTuple):
   deviation: np.ndarray
 
 
-@functools.cache
 def read(
   name: str,
   data_dir: str | os.PathLike | None = None,
@@ -69,15 +68,15 @@ def read(
       now. None: where they take more bytes than :func:`memory_limit`.
 
   Returns:
-    An ``ImageSet``; a later call returns the same one, without reading again.
-    Its test split is ``'test'``, or ``'validation'`` where there is none or its
-    labels are withheld.
+    An ``ImageSet``; its test split is ``'test'``, or ``'validation'`` where
+    there is none or its labels are withheld.
 
   Raises:
     ValueError: The set is unknown, not prepared, half prepared, not in the
       array_record format, without classes, or not of uint8 images; its images
       differ in size and `image_size` is None; a package is missing.
-    OSError: `data_dir` is no folder, or cannot be read.
+    OSError: `data_dir` is no folder, or cannot be read; a record is damaged
+      (``DamagedData``).
 
   Examples:
     Images that are made up, as nothing is prepared here:
@@ -116,10 +115,8 @@ def read(
 
 def memory_limit() -> int:
   """Bytes of images above which a set is streamed: a quarter of the memory."""
-  try:
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
-  except (AttributeError, ValueError, OSError):  # Not everywhere.
-    return 2**31
+  memory = _machine.memory()
+  return 2**31 if memory is None else memory // 4
 
 
 def _shape(prepared, image_size):

@@ -5,6 +5,7 @@ calls at a time. On one device it takes call by call; on several each method
 has its own way (`transformation.parallel_kind`), all of them under `shard_map`.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -435,7 +436,8 @@ def _axes(settings, init_one, advance_one):
   dataset = settings.datasets[0]
   arrays = (dataset.train, dataset.validation, dataset.test)
   feed = Feed(*settings[:2], settings.datasets[:1], settings.task.keyed)
-  rows = jax.tree.map(lambda r: r[0], feed.rows(0, 1))
+  with contextlib.closing(feed):
+    rows = jax.tree.map(lambda r: r[0], feed.rows(0, 1))
   return batched_axes(both, np.int32(0), settings.params(), arrays, rows)
 
 

@@ -17,6 +17,7 @@ import io
 import os
 import pathlib
 import socket
+import sys
 import urllib.error
 import warnings
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 
-from gsgd_jax import settings
+from gsgd_jax import _prepared, settings
 
 BUNDLED = {
   'breast_cancer': 'load_breast_cancer',
@@ -86,8 +87,9 @@ def read(dataset: str, target: str | None = None) -> Source:
     source = _file(os.path.expanduser(dataset), target)
   else:
     raise ValueError(
-      f'dataset must be one of {", ".join(BUNDLED)}, openml:NAME or a file '
-      f'that exists, got {dataset!r}' + settings.nearest(dataset, BUNDLED)
+      f'dataset must be one of {", ".join(BUNDLED)}, openml:NAME, tfds:NAME '
+      f'or a file that exists, got {dataset!r}'
+      + (settings.nearest(dataset, BUNDLED) or _prepared.nearest(dataset))
     )
   _check(dataset, source)
   return source
@@ -126,18 +128,22 @@ def read_text(path: str) -> tuple[np.ndarray, tuple[str, ...]]:
     )
   path = os.path.expanduser(path)
   text = _text_of(path)
+  codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+  # A table of all characters there may be: quicker than to sort the text.
+  table = np.zeros(sys.maxunicode + 1, np.int32)
+  table[codes] = 1
+  numbers = np.flatnonzero(table)
+  table[numbers] = np.arange(len(numbers))
+  characters = tuple(map(chr, numbers))
   # What no text holds: NUL, and control characters but for white space.
-  wrong = next((c for c in set(text) if ord(c) < 32 and c not in _WHITE), None)
+  wrong = next((c for c in characters if c < ' ' and c not in _WHITE), None)
   if wrong is not None:
     raise ValueError(
       f'{path} is not a text file: it holds the control character {wrong!r}'
     )
-  if len(set(text)) < 2:
+  if len(characters) < 2:
     raise ValueError(f'{path} holds one character only, {text[0]!r}')
-  characters, tokens = np.unique(
-    np.frombuffer(text.encode('utf-32-le'), np.uint32), return_inverse=True
-  )
-  return tokens.astype(np.int32), tuple(map(chr, characters))
+  return table[codes], characters
 
 
 def _text_of(path):
@@ -199,7 +205,8 @@ def _author_format(path, lines):
     raise ValueError(
       f'{path}, line {number}: the number of columns should stand here, got '
       f'{_short(head)}; a CSV file with a header needs '
-      '--config.target=COLUMN, the column of the classes'
+      '--config.target=COLUMN, the column of the classes; text to learn as '
+      'characters needs --config.model=gpt'
     ) from None
   if columns < 2:
     raise ValueError(

@@ -4,23 +4,29 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
+import weakref
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gsgd_jax import _streams, batches, images
+from gsgd_jax import (
+  _machine,
+  _streams,
+  application,
+  batches,
+  data,
+  experiment,
+  images,
+  settings,
+)
+from gsgd_jax.images import DamagedData
 from tests import tfds_digits
 from tests.tfds_digits import TRAIN, prepare
-
-
-@pytest.fixture(autouse=True)
-def nothing_read():
-  images.read.cache_clear()
-  yield
-  images.read.cache_clear()
 
 
 @pytest.fixture
@@ -87,12 +93,33 @@ def test_digits(digits_dir):
 
 
 def test_a_set_is_read_once(digits_dir, monkeypatch):
-  read = images.read('tfds:digits', str(digits_dir))
-  assert images.read('tfds:digits', str(digits_dir)) is read
-  assert images.read('tfds:digits', str(digits_dir), image_size=4) is not read
-  monkeypatch.setenv('TFDS_DATA_DIR', str(digits_dir))
-  by_default = images.read('tfds:digits')
-  np.testing.assert_array_equal(by_default.train.inputs, read.train.inputs)
+  folder = str(digits_dir)
+  load = lambda seed, **kwargs: data.load(
+    'tfds:digits', seed, validation_share=0.2, **kwargs
+  )
+  loaded = load(0, data_dir=folder)
+  assert load(1, data_dir=folder) is loaded
+  smaller = load(0, data_dir=folder, image_size=4)
+  assert smaller.shape == (4, 4, 1) and loaded.shape == (8, 8, 1)
+  monkeypatch.setenv('TFDS_DATA_DIR', folder)
+  np.testing.assert_array_equal(load(0).train.inputs, loaded.train.inputs)
+
+
+def test_no_image_is_held_twice(digits_dir, monkeypatch):
+  seen = []
+  read = images.read
+
+  def reading(*args, **kwargs):
+    seen.append(read(*args, **kwargs))
+    return seen[-1]
+
+  monkeypatch.setattr(images, 'read', reading)
+  loaded = data.load('tfds:digits', 0, data_dir=digits_dir, image_size=7)
+  (whole,) = seen
+  assert loaded.test.inputs is whole.test.inputs
+  of_read = weakref.ref(whole.train.inputs)
+  del seen[:], whole
+  assert of_read() is None
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -156,7 +183,7 @@ def test_real_sets_with_made_up_images(name):
   with tfds.testing.mock_data(num_examples=30):
     read = images.read(f'tfds:{name}')
     streamed = images.read(f'tfds:{name}', stream=True)
-    batch = streamed.train.batches(range(30), 10, 0).take(1, 1)
+    batch = streamed.train.batches(10, 0).take(1, 1)
   assert read.shape == {'mnist': (28, 28, 1), 'cifar10': (32, 32, 3)}[name]
   assert len(read.classes) == 10
   assert read.train.inputs.shape == (30, *read.shape)
@@ -214,12 +241,26 @@ def test_large_sets_are_streamed(digits_dir, monkeypatch):
   assert 2**28 < images.memory_limit() < 2**50
   size = 1797 * 64
   for limit, streamed in ((size, False), (size - 1, True)):
-    images.read.cache_clear()
     monkeypatch.setattr(images, 'memory_limit', lambda limit=limit: limit)
     for split in images.read('tfds:digits', digits_dir)[3:5]:
       assert isinstance(split, images.Streamed) == streamed
   read = images.read('tfds:digits', digits_dir, stream=False)
   assert isinstance(read.train, images.Images)
+
+
+@pytest.mark.parametrize(
+  'content, memory', [('max\n', None), (f'{2**20}\n', 2**20)]
+)
+def test_a_container_may_have_less_memory(
+  tmp_path, monkeypatch, content, memory
+):
+  file = tmp_path / 'memory.max'
+  file.write_text(content)
+  monkeypatch.setattr(_machine, '_LIMITS', ())
+  whole = _machine.memory()
+  monkeypatch.setattr(_machine, '_LIMITS', (tmp_path / 'none', file))
+  assert _machine.memory() == (memory or whole)
+  assert images.memory_limit() == (memory or whole) // 4
 
 
 def both(folder, **kwargs):
@@ -251,7 +292,6 @@ def test_the_sample_is_fixed_and_near(digits_dir, monkeypatch):
   monkeypatch.setattr(images, 'MOST_SAMPLED', 200)
   seen = []
   for _ in range(2):
-    images.read.cache_clear()
     seen.append(both(digits_dir)[1][5:])
   same(*seen)
   assert not np.array_equal(seen[0][0], memory.mean)
@@ -270,7 +310,7 @@ def expected(memory, rows, batch_size, seed, steps):
 def test_streamed_batches_are_those_of_memory(digits_dir):
   memory, streamed = both(digits_dir)
   rows = np.random.default_rng(0).permutation(TRAIN)[:100]
-  streams = [streamed.train.batches(rows, 16, seed) for seed in (0, 1)]
+  streams = [streamed.train.part(rows).batches(16, seed) for seed in (0, 1)]
   for first, length in ((0, 3), (3, 1), (4, 9), (2, 2), (1000, 3), (0, 1)):
     for seed, stream in enumerate(streams):
       steps = range(first, first + length)
@@ -284,7 +324,7 @@ def test_streamed_batches_are_those_of_memory(digits_dir):
 def test_an_epoch_of_a_stream_visits_every_row_once(digits_dir):
   _, streamed = both(digits_dir)
   rows = np.arange(7, 7 + 50)
-  stream = streamed.train.batches(rows, 8, seed=2)
+  stream = streamed.train.part(rows).batches(8, seed=2)
   wanted = {x.tobytes() for x in streamed.train.gather(rows).inputs}
   orders = []
   for epoch in range(3):
@@ -298,11 +338,11 @@ def test_an_epoch_of_a_stream_visits_every_row_once(digits_dir):
 def test_a_restored_stream_goes_on(digits_dir):
   _, streamed = both(digits_dir)
   rows = np.arange(TRAIN)
-  stream = streamed.train.batches(rows, 32, seed=0)
+  stream = streamed.train.part(rows).batches(32, seed=0)
   stream.take(0, 50)  # Beyond the first epoch.
   position = json.loads(json.dumps(stream.position()))
   ahead = stream.take(50, 5)
-  other = streamed.train.batches(rows, 32, seed=0)
+  other = streamed.train.part(rows).batches(32, seed=0)
   other.restore(position)
   assert other.position() == position
   same(other.take(50, 5), ahead)
@@ -312,7 +352,7 @@ def test_a_restored_stream_goes_on(digits_dir):
 def test_a_stream_reads_ahead_no_more_than_its_buffer(digits_dir, monkeypatch):
   memory, streamed = both(digits_dir)
   monkeypatch.setattr(_streams, '_BUFFER', 1)
-  stream = streamed.train.batches(np.arange(TRAIN), 4, seed=0)
+  stream = streamed.train.batches(4, seed=0)
   steps = range(5)
   same(stream.take(0, 5), expected(memory, np.arange(TRAIN), 4, 0, steps))
 
@@ -320,7 +360,7 @@ def test_a_stream_reads_ahead_no_more_than_its_buffer(digits_dir, monkeypatch):
 def test_a_step_that_failed_can_be_taken_again(digits_dir, monkeypatch):
   memory, streamed = both(digits_dir)
   rows = np.arange(TRAIN)
-  stream = streamed.train.batches(rows, 16, seed=0)
+  stream = streamed.train.batches(16, seed=0)
   record = streamed.train._record
   failing = int(batches.batch_rows(TRAIN, 16, 0, 5)[3])
 
@@ -343,7 +383,7 @@ def test_a_step_that_failed_can_be_taken_again(digits_dir, monkeypatch):
 def test_a_batch_size_that_is_out_of_range(digits_dir, batch_size):
   _, streamed = both(digits_dir)
   with pytest.raises(ValueError, match=r'^batch_size must be from 1 to 50, '):
-    streamed.train.batches(np.arange(50), batch_size, seed=0)
+    streamed.train.part(range(50)).batches(batch_size, seed=0)
 
 
 # Names and folders.
@@ -363,9 +403,36 @@ def test_malformed_names(name):
 def test_unknown_sets(tmp_path):
   start = 'tensorflow-datasets knows no set {}, and none is prepared in {}'
   message = fails('tfds:mnits', tmp_path)
-  assert message == start.format('mnits', tmp_path) + '; did you mean mnist?'
+  assert message == (
+    start.format('mnits', tmp_path) + '; did you mean tfds:mnist?'
+  )
   message = fails('tfds:qqqq', tmp_path)
   assert message == start.format('qqqq', tmp_path)
+
+
+@pytest.mark.parametrize(
+  'given, meant',
+  [
+    ('MNIST', 'mnist'),
+    ('CIFAR10', 'cifar10'),
+    ('cifar-10', 'cifar10'),
+    ('FashionMNIST', 'fashion_mnist'),
+    ('fashion-mnist:3.0.1', 'fashion_mnist:3.0.1'),
+    ('EMNIST/letters', 'emnist/letters'),
+    ('digts', 'digits'),
+  ],
+)
+def test_sets_by_other_names(digits_dir, given, meant):
+  message = fails(f'tfds:{given}', digits_dir)
+  assert message.endswith(f' {digits_dir}; did you mean tfds:{meant}?')
+
+
+def test_a_data_dir_that_is_a_folder_of_the_set(digits_dir):
+  for inside in ('digits', 'digits/1.0.0'):
+    assert fails('tfds:digits', digits_dir / inside) == (
+      f'{digits_dir / inside} is a folder of tfds:digits itself; give the one '
+      f'that holds all of it: --config.data_dir={digits_dir}'
+    )
 
 
 def build(name, folder):
@@ -429,7 +496,6 @@ def test_configurations(tmp_path):
   assert images.read('tfds:pets', tmp_path).train.examples == 12
   splits['train'] = inputs[:4], labels[:4]
   prepare(tmp_path, 'pets', splits, config='smaller-x4')
-  images.read.cache_clear()
   assert fails('tfds:pets', tmp_path) == (
     f'{tmp_path / "pets"} holds several configurations of tfds:pets; name one '
     'of them, as tfds:pets/small, tfds:pets/smaller-x4'
@@ -504,17 +570,51 @@ def test_a_damaged_record(copied, monkeypatch):
   file = folder / 'digits-train.array_record-00002-of-00003'
   flip(file)
   for stream in (False, True):
-    message = fails('tfds:digits', root, stream=stream)
+    message = fails('tfds:digits', root, stream=stream, error=DamagedData)
     assert re.match(
       rf'{folder} does not hold the whole of tfds:digits \(record \d+: ',
       message,
     )
   monkeypatch.setattr(images, 'MOST_SAMPLED', 1)
   streamed = images.read('tfds:digits', root, stream=True)
-  stream = streamed.train.batches(np.arange(TRAIN), 50, seed=0)
-  with pytest.raises(ValueError) as caught:
+  stream = streamed.train.batches(50, seed=0)
+  with pytest.raises(DamagedData) as caught:
     stream.take(0, TRAIN // 50)
   assert str(caught.value) == message
+
+
+def test_a_damaged_record_ends_a_run(copied, tmp_path, monkeypatch, capsys):
+  """What was measured until it was met is kept."""
+  jax.config.update('jax_enable_x64', False)  # As `train.py` has it.
+  root, folder = copied
+  monkeypatch.setattr(images, 'MOST_SAMPLED', 1)
+  monkeypatch.setattr(data, '_SAMPLE', 8)
+  config = settings.default_config()
+  config.update(
+    dataset='tfds:digits',
+    data_dir=str(root),
+    stream=True,
+    methods=('sequential',),
+    seeds=1,
+    verification=False,
+    updates=TRAIN // 16,
+    evaluate_every=5,
+  )
+  experiment.check(config)  # Nothing is wrong yet.
+  flip(folder / 'digits-train.array_record-00002-of-00003')
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  assert application.run(config, workdir, 0.0) == application.FAILED
+  printed = capsys.readouterr().err
+  assert 'Traceback' not in printed
+  assert re.search(
+    r'^train.py: cannot go on: .* \(record \d+: .*; delete it',
+    printed,
+    re.MULTILINE,
+  )
+  result = json.loads((workdir / 'result.json').read_text())
+  assert result['status'] == 'failed'
+  assert (workdir / 'metrics.jsonl').read_text()
 
 
 def test_a_preparation_that_broke_off(copied):
@@ -655,7 +755,7 @@ def test_a_test_label_that_is_none_of_the_training_labels(tmp_path):
   splits = {'train': (inputs, labels), 'test': (inputs[:1], [5])}
   label = tfds.features.Scalar(dtype=np.int64)
   prepare(tmp_path, 'numbers', splits, label=label, shards=1)
-  assert fails('tfds:numbers', tmp_path) == (
+  assert fails('tfds:numbers', tmp_path, error=DamagedData) == (
     'record 0 of tfds:numbers is of class 5, which is none of the 2 classes to '
     'train on'
   )
@@ -673,3 +773,39 @@ def test_missing_packages(digits_dir, monkeypatch, package):
   assert fails('tfds:digits', digits_dir) == (
     f"tfds:digits needs the package {package}: pip install 'gsgd_jax[train]'"
   )
+
+
+# The example.
+
+EXAMPLE = pathlib.Path(__file__).parents[1] / 'examples' / 'prepare_digits.py'
+
+
+@pytest.mark.parametrize(
+  'argument, sentence',
+  [
+    ('--data_dir=/proc/x', '/proc/x: No such file or directory'),
+    ('--data_dir=file', 'file: File exists'),
+    ('--data_dir=file/x', 'file/x: Not a directory'),
+    ('--data_dir=', 'data_dir must name a folder, got an empty name'),
+    ('x', "unexpected argument 'x'"),
+    (
+      '--data_dir=new',
+      'the package tensorflow_datasets is needed: pip install '
+      "'gsgd_jax[train]'",
+    ),
+  ],
+)
+def test_the_example_says_what_is_wrong(tmp_path, argument, sentence):
+  (tmp_path / 'file').touch()
+  program = (
+    'import runpy, sys; sys.modules["tensorflow_datasets"] = None; '
+    f'runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program, argument],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr == f'prepare_digits.py: {sentence}\n'

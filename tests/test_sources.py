@@ -126,7 +126,8 @@ def test_the_whole_of_a_bundled_set_in_its_units():
   [
     ('iriss', "got 'iriss'; did you mean iris?"),
     ('breast-cancer', "got 'breast-cancer'; did you mean breast_cancer?"),
-    ('mnist', "got 'mnist'"),
+    ('mnist', "got 'mnist'; did you mean tfds:mnist?"),
+    ('CIFAR-10', "got 'CIFAR-10'; did you mean tfds:cifar10?"),
     ('', "got ''"),
   ],
 )
@@ -134,7 +135,7 @@ def test_unknown_set(name, ending):
   message = fails(
     name,
     match='dataset must be one of breast_cancer, digits, iris, wine, '
-    'openml:NAME or a file that exists, got ',
+    'openml:NAME, tfds:NAME or a file that exists, got ',
   )
   assert message.endswith(ending)
 
@@ -252,7 +253,8 @@ def test_a_header_without_target_points_to_it(read, path):
   assert str(error.value) == (
     f'{path}, line 1: the number of columns should stand here, got '
     "'weight,size,kind'; a CSV file with a header needs "
-    '--config.target=COLUMN, the column of the classes'
+    '--config.target=COLUMN, the column of the classes; text to learn as '
+    'characters needs --config.model=gpt'
   )
 
 
