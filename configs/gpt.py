@@ -6,7 +6,7 @@
 
 Any text file in UTF-8: 60 % of it to train on, then 20 % for validation and
 20 % for testing. 1.0 million parameters, 128 characters of context, batches of
-16 windows, 5 blocks of width 128; AdamW or Muon (of matrices inside of blocks;
+8 windows, 5 blocks of width 128; AdamW or Muon (of matrices inside of blocks;
 Adam for all else), a warm-up of 50 updates, then a cosine. Delays of 0, 1, 4
 and 16 updates are those of the literature on pipelines; 4 where none is given.
 Without guidance, guided by free scores, and with random replays.
@@ -18,7 +18,7 @@ import ml_collections
 
 from gsgd_jax import settings
 
-RATES = {'adamw': 1e-3, 'muon': 0.01}
+RATES = {'adamw': 5e-4, 'muon': 5e-3}
 
 
 def get_config(optimizer: str = 'adamw') -> ml_collections.ConfigDict:
@@ -31,7 +31,8 @@ def get_config(optimizer: str = 'adamw') -> ml_collections.ConfigDict:
   config.learning_rate = RATES[optimizer]
   config.schedule = 'cosine_decay'
   config.warmup = 50
-  config.updates = 500
+  config.batch_size = 8
+  config.updates = 300
   config.evaluate_every = 100
   config.seeds = 1
   config.revisit = 0
