@@ -49,11 +49,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   task = tasks.make(config, dataset)
   loss_fn = task.loss_fn
   params = jax.eval_shape(task.model.init, jax.random.key(0))
+  stages = task.model.stages
   batch_like_of = lambda method: transformation.batch_like_of(
     config, method, dataset, task.keyed
   )
   optimizers.dry_run(
-    transformation.make_optimizer(config, loss_fn),
+    transformation.make_optimizer(config, loss_fn, stages=stages),
     params,
     config.optimizer + transformation.shown_kwargs(config),
     value=jax.ShapeDtypeStruct([], jnp.float32),
@@ -65,7 +66,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_divides(config, named, devices.number)
   for method in named:
     _check_pieces(config, method, devices.number)
-  stages = task.model.stages
   for method in named:
     batch_like = batch_like_of(method)
     tx = transformation.make_transformation(

@@ -23,7 +23,7 @@ _LOOKED_AT = 10_000  # Arrivals, in a check.
 _RATES = ('learning_rate', 'max_learning_rate')
 _UNSCHEDULED = ('rprop',)
 # Matrices at a network's ends, by the names of their layers: Muon's authors
-# leave those of a language model, embeddings and the output, to Adam.
+# leave embeddings and the output to Adam.
 _OUTER = re.compile(
   r'embed|^(wte|wpe|tokens|positions|logits|head)(_\d+)?$|_head(_\d+)?$'
 )
@@ -78,13 +78,17 @@ def make(
   name: str,
   learning_rate: float | Callable[[jax.Array], jax.Array] | None,
   kwargs: Mapping[str, Any] | None = None,
+  stages: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""An optax optimizer by its name.
 
-  ``'muon'`` orthogonalises matrices (parameters with two axes) but for those
-  whose path, in the parameters, has a name such as ``embedding``, ``tokens``,
-  ``positions``, ``logits``, ``head`` or ``lm_head``: these, and all that are no
-  matrices, are Adam's.
+  ``'muon'`` orthogonalises the matrices inside a network: parameters with two
+  axes, and Flax's convolutions of images (four axes, named ``kernel``) as
+  matrices (rows * columns * channels, outputs). Adam takes all else: the output
+  layer, which is the last of ``stages``; what has a name such as ``embedding``,
+  ``tokens``, ``positions``, ``logits``, ``head`` or ``lm_head`` in its path;
+  and what is no matrix. ``muon_weight_dimension_numbers`` in ``kwargs`` is a
+  rule of your own.
 
   Args:
     name: A function of ``optax`` or ``optax.contrib`` that takes a learning
@@ -93,6 +97,8 @@ def make(
     learning_rate: A number; a schedule, a function of the number of arrivals
       before this one; or None for the optimizer's own default.
     kwargs: Its other arguments.
+    stages: How deep the parameters are, as in ``models.Model``; ``None`` where
+      no more than names is known of them.
 
   Returns:
     A transformation. With a schedule it wants the extra argument ``arrival``,
@@ -117,7 +123,10 @@ def make(
   """
   settings.one_of('optimizer', name, names())
   factory = _factories()['sgd' if name in _ALIASES else name]
-  kwargs = {**_OWN.get(name, {}), **(kwargs or {})}
+  own = _ALIASES.get(name, {})
+  if name == 'muon':
+    own = dict(muon_weight_dimension_numbers=_matrices_inside(stages))
+  kwargs = {**own, **(kwargs or {})}
   parameters = inspect.signature(factory).parameters
   rate = next(r for r in _RATES if r in parameters)
   _check_arguments(f'optimizer {name}', kwargs, parameters, rate, learning_rate)
@@ -137,23 +146,24 @@ def make(
   return driven(at, learning_rate, f'optimizer {name}')
 
 
-def _hidden_matrices(params):
+def _matrices_inside(stages):
   """What Muon orthogonalises, as its argument says it."""
+  depths = jax.tree_util.tree_flatten_with_path(stages)[0]
+  last = max((depth for _, depth in depths), default=None)
+  output = {path for path, depth in depths if depth == last}
 
   def of(path, x):
     names = [str(getattr(k, 'key', getattr(k, 'name', ''))) for k in path]
-    outer = any(_OUTER.search(name.lower()) for name in names)
-    matrix = x.ndim == 2 and not outer
-    return optax.contrib.MuonDimensionNumbers() if matrix else None
+    if path in output or any(_OUTER.search(name.lower()) for name in names):
+      return None
+    if x.ndim == 2:
+      return optax.contrib.MuonDimensionNumbers()
+    if x.ndim == 4 and 'kernel' in names:
+      return optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+    return None
 
-  return jax.tree_util.tree_map_with_path(of, params)
-
-
-# Arguments that are given unless others are.
-_OWN = {
-  **_ALIASES,
-  'muon': dict(muon_weight_dimension_numbers=_hidden_matrices),
-}
+  # By paths: Muon also asks for trees that have no more than its own leaves.
+  return lambda params: jax.tree_util.tree_map_with_path(of, params)
 
 
 def driven(

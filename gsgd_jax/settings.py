@@ -141,7 +141,8 @@ def default_config() -> ml_collections.ConfigDict:
   config.back_at = config_dict.placeholder(float)  # None: never.
   config.sync_cost = 0.1  # Of a round, a split batch, a shared replay.
   # Optimizer: any of optax or optax.contrib by name, 'momentum', 'nesterov'.
-  # 'muon' leaves embeddings and output layers, by their names, to Adam.
+  # 'muon' takes the matrices inside a network, convolutions among them; Adam
+  # takes embeddings, the output layer and what is no matrix.
   config.optimizer = 'sgd'
   config.optimizer_kwargs = ml_collections.ConfigDict()
   config.learning_rate = config_dict.placeholder(float)  # None: its default.

@@ -90,12 +90,14 @@ def make_optimizer(
   config: ml_collections.ConfigDict,
   loss_fn: Callable,
   method: events.Method | None = None,
+  stages: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The server's optimizer, which every method shares, at a method's rate."""
   tx = optimizers.make(
     config.optimizer,
     learning_rate(config, method),
     _plain(config.optimizer_kwargs),
+    stages,
   )
   return optimizers.with_value_fn(tx, loss_fn, config.weight_decay)
 
@@ -153,11 +155,11 @@ def make_transformation(
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of a method: any optimizer, guided or not, delayed.
 
-  ``stages`` are the model's, for delays by depth.
+  ``stages`` are the model's, for delays by depth and for Muon.
   """
   inside = arriving(config, method, batch_like)
   parts = compensation_of(config, method, loss_fn, inside, stages)
-  tx = _server(config, method, parts, loss_fn, inside, seed)
+  tx = _server(config, method, parts, loss_fn, inside, seed, stages)
   if by_depth(config, method):
     return _pipelined(config, tx, parts, stages)
   return _emulated(config, method, tx, parts, batch_like, seed)
@@ -198,7 +200,7 @@ def make_parallel(
 
   def server(loss_fn, inside):
     parts = compensation_of(config, method, loss_fn, inside)
-    return _server(config, method, parts, loss_fn, inside, seed)
+    return _server(config, method, parts, loss_fn, inside, seed, stages)
 
   def whole(loss_fn, batch_like):
     return make_transformation(
@@ -239,9 +241,9 @@ def parallel_kind(
   return 'data_parallel' if split else name
 
 
-def _server(config, method, parts, loss_fn, inside, seed):
+def _server(config, method, parts, loss_fn, inside, seed, stages):
   """What is done with an arriving gradient, whose batch is like `inside`."""
-  tx = _compensated(config, method, parts, loss_fn)
+  tx = _compensated(config, method, parts, loss_fn, stages)
   if method.select is not None:
     tx = guided(
       tx,
@@ -328,10 +330,10 @@ def _stale_workers(config, method, delay):
   return 1
 
 
-def _compensated(config, method, parts, loss_fn):
+def _compensated(config, method, parts, loss_fn, stages):
   """The server's optimizer, with what a compensation puts around it."""
   if parts.optimizer is None:
-    tx = make_optimizer(config, loss_fn, method)
+    tx = make_optimizer(config, loss_fn, method, stages)
   else:
     tx = compensations.optimizer_of(
       parts, method.compensation, learning_rate(config, method)

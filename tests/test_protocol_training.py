@@ -1,5 +1,7 @@
 """Training as papers do it: decay, clipping, pieces, epochs, depth."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -438,26 +440,106 @@ def test_a_model_without_stages(monkeypatch):
 # Muon.
 
 
-def labels_of(params):
+def labels_of(params, stages=None):
   """Whether Muon has a momentum of a parameter of its own, or Adam."""
-  state = optimizers.make('muon', 0.1).init(params)
+  tx = optimizers.make('muon', 0.1, stages=stages)
+  state = jax.eval_shape(tx.init, params)
   moments = state.inner_states['muon'].inner_state[0].mu
   masked = lambda x: isinstance(x, optax.MaskedNode)
   return jax.tree.map(lambda m: not masked(m), moments, is_leaf=masked)
 
 
+BLOCK = ('query', 'key', 'value', 'mix', 'expand', 'contract')
+# Models, and the layers whose kernels are Muon's: all but the last.
+INSIDE = {
+  'softmax_regression': (lambda: models.softmax_regression(4, 2), []),
+  'mlp': (lambda: models.mlp(4, [5, 5], 2), ['0', '1']),
+  'cnn_small': (lambda: models.cnn((4, 4, 1), 2), ['0', '1']),
+  'cnn_large': (lambda: models.cnn((4, 4, 3), 2, 'large'), [*'01234']),
+  'resnet20': (
+    lambda: models.resnet20((4, 4, 3), 2),
+    [f'{i}.convolution' for i in range(19)],
+  ),
+  'gpt': (
+    lambda: models.gpt(11, 4, layers=2, heads=2, width=4),
+    [f'{i}.{name}' for i in '12' for name in BLOCK],
+  ),
+}
+
+
+@pytest.mark.parametrize('name', INSIDE)
 @pytest.mark.usefixtures('as_users_run_it')
-def test_muon_leaves_the_ends_of_a_transformer_to_adam():
-  model = models.gpt(11, 4, layers=2, heads=2, width=4)
-  params = model.init(jax.random.key(0))
-  names = set()
-  flat, _ = jax.tree_util.tree_flatten_with_path(labels_of(params))
-  for path, is_muon in flat:
-    *_, stage, layer, leaf, _ = [str(getattr(k, 'key', k)) for k in (0, *path)]
-    names |= {(stage, layer)} if is_muon else set()
-    assert not is_muon or leaf == 'kernel'
-  matrices = ('query', 'key', 'value', 'mix', 'expand', 'contract')
-  assert names == {(block, name) for block in '12' for name in matrices}
+def test_muon_takes_the_matrices_inside(name):
+  make, layers = INSIDE[name]
+  model = make()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  labels = labels_of(params, model.stages)
+  found = [
+    '.'.join(str(getattr(k, 'key', getattr(k, 'name', ''))) for k in path)
+    for path, is_muon in jax.tree_util.tree_flatten_with_path(labels)[0]
+    if is_muon
+  ]
+  assert sorted(found) == sorted(f'layers.{x}.kernel.value' for x in layers)
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    dict(parallel='sequential'),
+    dict(parallel='asynchronous', guidance='consistent'),
+    dict(parallel='delayed', delay='by_depth'),
+  ],
+)
+@pytest.mark.parametrize('number', [1, 2])
+@pytest.mark.usefixtures('as_users_run_it')
+def test_muon_knows_the_output_layer_of_every_method(method, number):
+  config = short(model='mlp', hidden=[3], optimizer='muon', workers=2, **method)
+  (method,) = events.methods(config)
+  dataset = data.load(config.dataset, 0)
+  task = tasks.make(config, dataset)
+  params = jax.eval_shape(task.model.init, jax.random.key(0))
+  where = (
+    config,
+    method,
+    task.loss_fn,
+    transformation.batch_like_of(config, method, dataset),
+  )
+  if number == 1:
+    made = transformation.make_transformation(*where, stages=task.model.stages)
+    init = made.init
+  else:
+    devices = parallel.Devices('devices', number)
+    made = transformation.make_parallel(
+      *where, devices, stages=task.model.stages
+    )
+    init = made.local_init
+  is_muon = lambda x: isinstance(x, optax.contrib.MuonState)
+  states = jax.tree.leaves(jax.eval_shape(init, params), is_leaf=is_muon)
+  (state,) = filter(is_muon, states)
+  assert len(jax.tree.leaves(state.mu)) == 1
+
+
+def numpy_muon(gradient, rate):
+  """The first update: five steps of Newton and Schulz, at a matrix's size."""
+  rows, columns = gradient.shape
+  x = gradient.T if rows > columns else gradient
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    square = x @ x.T
+    x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+  x = x.T if rows > columns else x
+  return -rate * np.sqrt(max(1, columns / rows)) * x
+
+
+@pytest.mark.parametrize('shape', [(3, 3, 2, 4), (2, 2, 1, 8)])
+@pytest.mark.usefixtures('as_users_run_it')
+def test_muon_of_a_convolution_is_that_of_its_matrix(shape):
+  gradient = np.random.default_rng(0).normal(size=shape)
+  params = {'kernel': jnp.asarray(gradient, jnp.float32)}
+  tx = optimizers.make('muon', 0.1)
+  updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p))(params)
+  expected = numpy_muon(gradient.reshape(-1, shape[-1]), 0.1).reshape(shape)
+  np.testing.assert_allclose(updates['kernel'], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -481,10 +563,20 @@ def test_the_ends_by_name(path, orthogonalised):
 
 
 @pytest.mark.usefixtures('as_users_run_it')
-def test_muon_of_an_mlp_is_that_of_optax():
-  params = models.mlp(3, [4], 3).init(jax.random.key(0))
-  expected, actual = (
-    jax.jit(lambda p, tx=tx: tx.update(p, tx.init(p), p))(params)
-    for tx in (optax.contrib.muon(0.1), optimizers.make('muon', 0.1))
+def test_muon_and_its_adam_are_those_of_optax():
+  """All but the output layer is Muon's; where nothing is known, all."""
+  model = models.mlp(3, [4], 3)
+  params = model.init(jax.random.key(0))
+  muon, ours, known, nadam = (
+    jax.jit(lambda p, tx=tx: tx.update(p, tx.init(p), p)[0])(params)['layers']
+    for tx in (
+      optax.contrib.muon(0.1),
+      optimizers.make('muon', 0.1),
+      optimizers.make('muon', 0.1, stages=model.stages),
+      optax.nadam(0.1),
+    )
   )
-  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+  jax.tree.map(np.testing.assert_array_equal, ours, muon)
+  jax.tree.map(near, known[0], muon[0])
+  jax.tree.map(near, known[1], nadam[1])
