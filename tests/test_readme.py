@@ -1,6 +1,7 @@
 """The README's code runs, and its commands are the two it promises."""
 
 import contextlib
+import hashlib
 import io
 import pathlib
 import re
@@ -12,7 +13,7 @@ import jax
 import pytest
 
 import gsgd_jax
-from gsgd_jax import images, parallel, settings
+from gsgd_jax import images, parallel, settings, sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -84,6 +85,20 @@ def test_the_readme_prepares_images(tmp_path):
   read = images.read('tfds:digits', str(tmp_path / 'prepared'))
   assert (read.train.examples, read.test.examples) == (1400, 397)
   assert read.classes[3] == '3'
+
+
+def test_the_readme_writes_a_text(tmp_path):
+  assert 'python examples/write_text.py > text.txt' in README
+  program = ROOT / 'examples' / 'write_text.py'
+  text = subprocess.run([sys.executable, program], capture_output=True).stdout
+  path = tmp_path / 'text.txt'
+  path.write_bytes(text)
+  tokens, characters = sources.read_text(str(path))
+  assert 500_000 <= len(tokens) < 501_000 and len(characters) < 64
+  # The text of which figures are said.
+  assert hashlib.md5(text).hexdigest() == '96274be45cfa62778f226fd82b919fea'
+  refused = subprocess.run([sys.executable, program, 'x'], capture_output=True)
+  assert refused.returncode == 2 and b'unexpected argument' in refused.stderr
 
 
 @pytest.mark.parametrize('number', [1, 8])
