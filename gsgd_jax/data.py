@@ -207,18 +207,27 @@ def load(
   settings.one_of('preprocessing', preprocessing, _PREPROCESSING)
   if not 0 <= label_noise <= 1:
     raise ValueError(f'label_noise must be from 0 to 1, got {label_noise}')
-  if context is not None or name.startswith(images.PREFIX):
-    for setting, given in (
-      ('target', target is not None),
-      ('preprocessing', preprocessing != 'standard'),
-    ):
-      if given:
-        raise ValueError(f'{setting} is of tables, and {name} is none')
+  by_name = name.startswith(images.PREFIX)
+  for kind, is_one, given in (
+    (
+      'tables',
+      context is None and not by_name,
+      dict(target=target, preprocessing=preprocessing != 'standard' or None),
+    ),
+    (
+      'image sets by name, tfds:NAME',
+      by_name,
+      dict(data_dir=data_dir, image_size=image_size, stream=stream),
+    ),
+  ):
+    for setting, value in given.items():
+      if value is not None and not is_one:
+        raise ValueError(f'{setting} is of {kind}, and {name} is none')
   if context is not None:
     if label_noise:
       raise ValueError(f'label_noise is of labels, and {name} is read as text')
     return _text(name, context, train_share, validation_share)
-  if name.startswith(images.PREFIX):
+  if by_name:
     dataset = _images(name, validation_share, data_dir, image_size, stream)
     if not label_noise:
       return dataset

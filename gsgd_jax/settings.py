@@ -458,12 +458,6 @@ def _between(config):
   images = config.dataset.startswith('tfds:')  # Tested on their own split.
   if images and config.validation_share == 1:
     raise ValueError('validation_share must leave something to train on, got 1')
-  for name in ('data_dir', 'image_size', 'stream', 'augmentation'):
-    if config[name] is not None and not images:
-      raise ValueError(
-        f'{name} is of image sets by name, tfds:NAME, and {config.dataset} is '
-        'none'
-      )
   rest = 1 - config.validation_share - 1e-9
   if not images and not 0 < config.train_share < rest:
     raise ValueError(
