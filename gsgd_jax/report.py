@@ -241,7 +241,8 @@ def _costs(config, histories):
     rounds += f', {config.wait_for} of them waited for,'
   costs = {
     'asynchronous': f'The delay of {config.workers} workers changes',
-    'delayed': f'A delay of {config.delay} updates changes'
+    'delayed': f'A delay of {config.delay} update'
+    f'{"" if config.delay == 1 else "s"} changes'
     if config.delay != settings.BY_DEPTH
     else f'A delay {_depth(histories)} changes',
     'synchronous': f'{rounds} change',
