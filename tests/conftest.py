@@ -1,8 +1,13 @@
 """Strict: float64, no silent promotion; and warnings are errors (pyproject).
 
+XLA leaves out its costly optimisations, as most of the time is compilation;
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` has them in every test.
+
 There are eight devices. What uses all that there are is shown one, unless a
 test is about more.
 """
+
+import os
 
 import hypothesis
 import jax
@@ -16,6 +21,8 @@ _STRICT = {
   'jax_numpy_rank_promotion': 'raise',
   'jax_numpy_dtype_promotion': 'strict',
 }
+if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
+  _STRICT['jax_disable_most_optimizations'] = True
 
 jax.config.update('jax_num_cpu_devices', 8)
 
@@ -32,7 +39,8 @@ hypothesis.settings.load_profile('default')
 @pytest.fixture(autouse=True)
 def strict():
   """For these tests; the package's doctests run as users run them."""
-  before = {name: getattr(jax.config, name) for name in _STRICT}
+  now = jax.config.values
+  before = {name: now[name] for name in _STRICT}
   for name, value in _STRICT.items():
     jax.config.update(name, value)
   yield
@@ -56,6 +64,13 @@ def as_users_run_it(strict):
     jax.numpy_rank_promotion('allow'),
   ):
     yield
+
+
+@pytest.fixture
+def as_users_compile_it(strict):
+  """For tests of bits, of memory, or of the compiled program."""
+  del strict
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='session')

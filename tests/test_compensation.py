@@ -20,6 +20,7 @@ from tests.test_guided import assert_no_ties, assert_same_guidance
 SEED = 3
 
 
+@functools.cache
 def cluster(name, workers):
   """An arrival process for either side."""
   if name == 'round robin':

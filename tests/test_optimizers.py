@@ -273,6 +273,8 @@ def test_evaluation_params_are_the_parameters_elsewhere(name):
   assert optimizers.evaluation_params(START, state) is START
 
 
+# Where L-BFGS ends without a line search is decided by rounding.
+@pytest.mark.usefixtures('as_users_compile_it')
 @pytest.mark.parametrize(
   'name, kwargs',
   [

@@ -507,7 +507,7 @@ def without_rounds():
 @pytest.mark.parametrize(
   'number, options, chunks',
   [
-    (1, {}, (1, 39, 40)),
+    (1, {}, (1, 39, 1, 39)),
     (1, dict(gradients_at_once=1), (80,)),
     (4, dict(round_size=4), (80,)),
     (4, dict(round_size=9, gradients_at_once=3), (11, 69)),
@@ -649,6 +649,7 @@ def test_more_devices_hold_less():
     assert bounded.memory(params)['round'] == (2 * places + 1) * size
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 def test_a_gradient_crosses_once():
   """All that a round's loop sends for an arrival is the gradient, once."""
   start = jnp.ones([1000])
@@ -663,6 +664,7 @@ def test_a_gradient_crosses_once():
   assert sorted(found.values()) == [32 * 8, start.nbytes]
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 def test_the_delayed_sum_waits_for_nothing():
   """It is of an earlier step: the gradients of this one go on meanwhile.
 
@@ -788,7 +790,8 @@ def test_what_keeps_batches_is_made_by_a_function():
     )
     params, state = program.init(jnp.ones([3]))
     with pytest.raises(ValueError, match=r'inner\(loss_fn, batch_like\)'):
-      program.step(params, state, batches)
+      # Traced, not taken operation by operation up to the mistake.
+      jax.eval_shape(program.step, params, state, batches)
 
 
 @pytest.mark.parametrize('calls', [2, 4, 6, 16])

@@ -204,6 +204,7 @@ def test_pieces_change_nothing(pieces, taken):
   assert accumulation.in_pieces(seen, 1) is seen
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 def test_pieces_take_less_memory():
   loss_fn, params, batch = mlp_task(1024, width=64)
 
@@ -565,6 +566,7 @@ def test_the_ends_by_name(path, orthogonalised):
   assert labels == {'kernel': orthogonalised, 'bias': False}
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 @pytest.mark.usefixtures('as_users_run_it')
 def test_muon_and_its_adam_are_those_of_optax():
   """All but the output layer is Muon's; where nothing is known, all."""

@@ -76,6 +76,7 @@ def test_times_are_exact_to_the_tick_below(a, b, bits, more):
   assert both == (a * b * 2**30) >> (bits + more)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 def test_the_same_bits_alone_and_together():
   table = _sampling.table(_sampling.gamma_quantile(0.6))
   draw = lambda first, second: _sampling.product(

@@ -129,6 +129,7 @@ def test_staleness_sum_under_any_order():
   assert staleness.sum() + ages.sum() == len(staleness) * (workers - 1)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 @helpers.covering(
   8,
   problem=helpers.problems,
@@ -320,6 +321,7 @@ def trajectories(inner):
   return trajectory(inner, False), trajectory(inner, True)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 @pytest.mark.parametrize('name', NO_DELAY)
 @pytest.mark.parametrize('inner', ['heavy ball', 'adam'])
 def test_no_delay_no_change(name, inner):

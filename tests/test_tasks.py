@@ -1,5 +1,7 @@
 """Images, text and networks in the application, against plain loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from gsgd_jax import (
   images,
   layers,
   models,
+  networks,
   parallel,
   programs,
   settings,
@@ -36,13 +39,14 @@ def short(**changes):
 
 
 def of_digits(digits_dir, **changes):
-  changes = dict(model='cnn_small') | changes
+  # A part of the images measures as all of them do, sooner.
+  changes = dict(model='cnn_small', measured=60) | changes
   return short(dataset='tfds:digits', data_dir=str(digits_dir), **changes)
 
 
-@pytest.fixture
-def text(tmp_path):
-  path = tmp_path / 'verse.txt'
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'verse.txt'
   path.write_text(VERSE)
   return str(path)
 
@@ -64,24 +68,52 @@ def the_same(one, other, rtol=0.0):
       )
 
 
-def plain_sgd(config, seed):
-  """Sequential SGD by a loop; its losses and accuracies at the end."""
-  dataset = experiment._load(config, seed)
-  task = tasks.make(config, dataset)
-  params = task.model.init(jax.random.key(seed))
+def plain_sgd(config):
+  """Sequential SGD by a loop: of each seed losses and accuracies at the end."""
+  first = experiment._load(config, 0)
+  task = tasks.make(config, first)
+  init, measure = jax.jit(task.model.init), jax.jit(task.measure)
   gradient = jax.jit(jax.grad(task.loss_fn))
-  for step in range(config.updates):
-    rows = dataset.batch_rows(config.batch_size, seed, step)
-    batch = jax.tree.map(jnp.asarray, dataset.take(dataset.train, rows))
-    if task.keyed:
-      keys = batches.batch_keys(config.batch_size, seed, step)
-      batch = batch._replace(keys=jnp.asarray(keys))
-    params = jax.tree.map(
-      lambda p, g: p - config.learning_rate * g, params, gradient(params, batch)
-    )
-  splits = (dataset.train, dataset.validation, dataset.test)
-  splits = jax.tree.map(jnp.asarray, splits)
-  return params, jax.jit(task.measure)(params, splits)
+  for seed in range(config.seeds):
+    dataset = experiment._load(config, seed)
+    # All that the task knows of the data, so one is compiled for all seeds.
+    np.testing.assert_equal(dataset.scale, first.scale)
+    assert dataset.classes == first.classes
+    params = init(jax.random.key(seed))
+    for step in range(config.updates):
+      rows = dataset.batch_rows(config.batch_size, seed, step)
+      batch = jax.tree.map(jnp.asarray, dataset.take(dataset.train, rows))
+      if task.keyed:
+        keys = batches.batch_keys(config.batch_size, seed, step)
+        batch = batch._replace(keys=jnp.asarray(keys))
+      params = jax.tree.map(
+        lambda p, g: p - config.learning_rate * g,
+        params,
+        gradient(params, batch),
+      )
+    splits = (dataset.train, dataset.validation, dataset.test)
+    yield measure(params, jax.tree.map(jnp.asarray, splits))
+
+
+def assert_as_plainly(config, history):
+  for seed, measured in enumerate(plain_sgd(config)):
+    for name, value in measured.items():
+      np.testing.assert_allclose(
+        getattr(history, name)[-1, seed], value, rtol=1e-4, err_msg=name
+      )
+
+
+@pytest.fixture
+def shallow_resnet(monkeypatch):
+  """ResNet-20 with one block a stage, not three: it compiles in a third."""
+  network = networks.ResNet
+  monkeypatch.setattr(
+    networks,
+    'ResNet',
+    lambda *args, blocks, **kwargs: network(*args, blocks=1, **kwargs),
+  )
+  # Compiled faster than patches.
+  monkeypatch.setattr(layers.jax, 'default_backend', lambda: 'other')
 
 
 def test_a_cnn_on_images_is_what_it_says(digits_dir):
@@ -90,19 +122,17 @@ def test_a_cnn_on_images_is_what_it_says(digits_dir):
     methods=('sequential',),
     augmentation='crop_and_flip',
     dropout=0.3,
+    measured=300,  # More than a block.
   )
   (history,) = experiment.run(config).values()
-  for seed in range(config.seeds):
-    _, measured = plain_sgd(config, seed)
-    for name, value in measured.items():
-      np.testing.assert_allclose(
-        getattr(history, name)[-1, seed], value, rtol=1e-4, err_msg=name
-      )
+  assert_as_plainly(config, history)
 
 
 def test_what_is_streamed_is_what_is_held(digits_dir):
   """The same batches; small sets are sampled whole for verification."""
-  config = of_digits(digits_dir, methods=('asynchronous+consistent',))
+  config = of_digits(
+    digits_dir, methods=('asynchronous+consistent',), model='mlp', hidden=(8,)
+  )
   held = experiment.run(config)
   config.stream = True
   assert experiment._load(config, 0).stream is not None
@@ -116,7 +146,7 @@ def test_seeds_share_what_does_not_differ(digits_dir, text):
     arrays = data.stacked(datasets)
     shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
     assert shapes(arrays) == shapes(tuple(datasets[0][2:5]))
-  noisy = of_digits(digits_dir, label_noise=0.2)
+  noisy = of_digits(digits_dir, label_noise=0.2, model='softmax_regression')
   datasets = [experiment._load(noisy, seed) for seed in range(3)]
   train, *_ = data.axes(datasets)
   assert (train.inputs, train.labels) == (None, 0)
@@ -222,7 +252,9 @@ def test_a_replay_draws_what_its_batch_drew(digits_dir):
   )(params, still)
 
 
-def test_statistics_are_measured_where_they_are_used(digits_dir):
+def test_statistics_are_measured_where_they_are_used(
+  digits_dir, shallow_resnet
+):
   """Batch normalisation: training leaves nothing behind but parameters."""
   config = of_digits(digits_dir, model='resnet20', normalization='batch')
   dataset = experiment._load(config, 0)
@@ -251,7 +283,9 @@ def test_statistics_are_measured_where_they_are_used(digits_dir):
   np.testing.assert_allclose(measured['test_loss'], by_hand[1], rtol=1e-4)
 
 
-def test_replays_leave_nothing_in_batch_normalisation(digits_dir, monkeypatch):
+def test_replays_leave_nothing_in_batch_normalisation(
+  digits_dir, monkeypatch, shallow_resnet
+):
   """What is reported is what the parameters give, whatever led to them."""
   config = of_digits(
     digits_dir,
@@ -265,8 +299,6 @@ def test_replays_leave_nothing_in_batch_normalisation(digits_dir, monkeypatch):
     evaluate_every=4,
     measured=20,
   )
-  # Compiled faster than patches.
-  monkeypatch.setattr(layers.jax, 'default_backend', lambda: 'other')
   measured_at, made = [], programs.make
 
   def kept(*args):
@@ -295,6 +327,7 @@ def test_replays_leave_nothing_in_batch_normalisation(digits_dir, monkeypatch):
 def test_mnist_by_its_name():
   config = load_config('mnist_cnn', seeds=1, methods=('delayed',), delay=1)
   config.update(dict(epochs=1.0, evaluate_epochs=1.0, measured=30))
+  data._images.cache_clear()  # Another test's may be of other examples.
   with tfds.testing.mock_data(num_examples=200):
     (history,) = experiment.run(config).values()
   assert history.status == 'completed'
@@ -342,21 +375,23 @@ def test_every_epoch_of_text_is_cut_elsewhere(text):
   np.testing.assert_array_equal(dataset.batch_rows(8, 0, steps), epochs[1][:8])
 
 
-def test_a_language_model_is_what_it_says(text):
-  config = of_text(text, methods=('sequential',), dropout=0.2)
+@functools.cache
+def a_language_model(text, **changes):
+  """A config and what came of it."""
+  config = of_text(text, methods=('sequential',), dropout=0.2, **changes)
   (history,) = experiment.run(config).values()
-  for seed in range(config.seeds):
-    _, measured = plain_sgd(config, seed)
-    for name, value in measured.items():
-      np.testing.assert_allclose(
-        getattr(history, name)[-1, seed], value, rtol=1e-4, err_msg=name
-      )
+  return config, history
+
+
+def test_a_language_model_is_what_it_says(text):
+  config, history = a_language_model(text)
+  assert_as_plainly(config, history)
 
 
 def test_a_language_model_under_delay_learns(text):
   config = of_text(
     text,
-    methods=('delayed', 'asynchronous+consistent'),
+    methods=('delayed+consistent',),
     learning_rate=0.3,
     delay=2,
     updates=60,
@@ -366,19 +401,21 @@ def test_a_language_model_under_delay_learns(text):
     revisit=None,
     verification=True,
   )
-  for history in experiment.run(config).values():
-    assert history.status == 'completed'
-    loss = history.validation_loss[:, 0]
-    assert loss[-1] < 0.8 * loss[0], history.method.name
+  (history,) = experiment.run(config).values()
+  assert history.status == 'completed'
+  loss = history.validation_loss[:, 0]
+  assert loss[-1] < 0.8 * loss[0]
 
 
 def test_bfloat16_trains_as_float32(text):
-  for config in (of_text(text), short(dataset='iris')):
-    config.update(dict(seeds=1, methods=('sequential',)))
-    (exact,) = experiment.run(config).values()
-    config.dtype = 'bfloat16'
-    (rough,) = experiment.run(config).values()
-    assert exact.train_loss[-1] != rough.train_loss[-1]
+  def of_iris(**changes):
+    config = short(dataset='iris', methods=('sequential',), **changes)
+    return config, *experiment.run(config).values()
+
+  for run in (functools.partial(a_language_model, text), of_iris):
+    config, exact = run()
+    _, rough = run(dtype='bfloat16')
+    assert exact.train_loss[-1, 0] != rough.train_loss[-1, 0]
     np.testing.assert_allclose(
       rough.train_loss, exact.train_loss, rtol=0.05, err_msg=config.model
     )

@@ -203,6 +203,7 @@ def through_json_lines(rows, path):
   return (gsgd_jax.read_trace(path),)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 @pytest.mark.parametrize(
   'through',
   [as_it_was, through_csv, through_headless_csv, through_json_lines],
