@@ -99,7 +99,8 @@ def _bad_config():
 
 
 def _fail(sentence, code=2):
-  print(f'train.py: {sentence.strip()}', file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # Nobody may read it any more.
+    print(f'train.py: {sentence.strip()}', file=sys.stderr, flush=True)
   os._exit(code)  # Whatever a config file, or XLA, still has in hand.
 
 
@@ -120,21 +121,34 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
+_MODE = flags.DEFINE_enum(
+  'mode',
+  'train',
+  ['train', 'eval'],
+  'eval measures the checkpoints in --workdir instead, with its config.',
+)
+
+
 def main(argv):
-  """Checks the input, then trains."""
+  """Checks the input, then trains, or evaluates."""
   # --help needs no JAX.
   from gsgd_jax import (
     application,
+    evaluation,
     experiment,
     files,
     hosts,
     parallel,
+    resuming,
     settings,
   )
 
   with _bad_input():
     if len(argv) > 1:
       raise ValueError(f'unexpected argument {argv[1]!r}; options begin with -')
+    if _MODE.value == 'eval':
+      _evaluate(application, evaluation, files)
+      return
     config = _CONFIG.value
     hasattr(config, 'to_dict')  # Raises where the file could not be loaded.
     settings.check(config)
@@ -148,12 +162,15 @@ def main(argv):
       pathlib.Path(config.compilation_cache).mkdir(parents=True, exist_ok=True)
     workdir = None
     if not config.distributed or hosts.is_first():
-      workdir = _make_workdir(files)
+      workdir = _make_workdir(config, experiment, files, resuming)
       number = parallel.make_mesh(config.devices).size
       on = f', training on {number} devices' if number > 1 else ''
       application.say(f'writing to {workdir}{on}')
+    if config.distributed:
+      workdir = hosts.shared_folder(workdir, config)
+    done = application.done_before(config, workdir)
   try:
-    code = application.run(config, workdir, _BEGAN)
+    code = application.run(config, workdir, _BEGAN, done)
   except OSError as e:
     reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
     _fail(f'cannot go on: {reason}', code=1)
@@ -161,7 +178,26 @@ def main(argv):
     os._exit(code)  # An ordinary exit may crash on what XLA still runs.
 
 
-def _make_workdir(files):
+def _evaluate(application, evaluation, files):
+  """Measures a run's checkpoints, prints it and writes it down."""
+  if not _WORKDIR.value:
+    raise ValueError('--mode=eval needs the --workdir of a run')
+  config_flag = flags.FLAGS['config']
+  if any(re.match('--?config(=|$)', a) for a in sys.argv[1:]):
+    raise ValueError(
+      '--mode=eval takes the config that is in the workdir; leave out --config'
+    )
+  workdir = pathlib.Path(_WORKDIR.value)
+  given = config_flags.get_override_values(config_flag)
+  config = evaluation.settings_of(workdir, given)
+  measured = evaluation.evaluate(config, workdir, application.warn)
+  application.say(evaluation.table(measured, losses=config.model == 'gpt'))
+  path = workdir / 'evaluation.json'
+  files.write_json(path, measured)  # Or a sentence, where nothing can be.
+  application.say(f'\n{path}')
+
+
+def _make_workdir(config, experiment, files, resuming):
   if _WORKDIR.value is None:
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     config_file = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -170,14 +206,12 @@ def _make_workdir(files):
   if not _WORKDIR.value:
     raise ValueError('workdir must name a folder, got an empty name')
   workdir = pathlib.Path(_WORKDIR.value)
-  held = files.of_a_run(workdir)
-  if held is not None:
-    raise ValueError(
-      f'{workdir} already holds a run ({held}); give another --workdir'
-    )
+  if files.of_a_run(workdir) is not None:
+    resuming.check(experiment.resolved(config), workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK | os.X_OK):
     raise ValueError(f'{workdir} cannot be written to')
+  files.lock(workdir)
   return workdir
 
 

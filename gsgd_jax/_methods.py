@@ -400,6 +400,76 @@ def delayed_all_reduce(
   )
 
 
+def as_on_one(kind: str, state: Any, devices: int) -> Any:
+  """The state that one device would have, from that of so many.
+
+  Args:
+    kind: 'data_parallel', 'synchronous', 'asynchronous' or 'delayed'.
+    state: A state of `kind`, whole.
+    devices: How many devices it was of.
+  """
+  if devices == 1:
+    return state
+  if kind == 'asynchronous':
+    workers = len(state.in_flight.value)
+    worker = jnp.arange(workers, dtype=jnp.int32)
+    row = worker % devices * (workers // devices) + worker // devices
+    return _with_rows(state, row)
+  if not isinstance(state, DelayedAllReduceState):
+    return state
+  server, latest = state
+  mean = lambda x: x.reshape(devices, -1, *x.shape[1:]).mean(axis=0)
+  rings = server.in_flight._replace(
+    updates=jax.tree.map(mean, server.in_flight.updates),
+    value=mean(server.in_flight.value),
+  )
+  latest = latest._replace(
+    updates=jax.tree.map(lambda x: x.mean(axis=0), latest.updates),
+    value=latest.value.mean(axis=0),
+  )
+  before = (server.worker - 1) % len(rings.value)
+  return server._replace(in_flight=_ring.write(rings, before, latest))
+
+
+def as_on(kind: str, state: Any, devices: int) -> Any:
+  """The inverse: the state of so many devices, from that of one.
+
+  Of a delayed mean all devices have the mean, which has that mean.
+  """
+  if devices == 1:
+    return state
+  if kind == 'asynchronous':
+    workers = len(state.in_flight.value)
+    row = jnp.arange(workers, dtype=jnp.int32)
+    each = workers // devices
+    return _with_rows(state, row % each * devices + row // each)
+  if kind != 'delayed' or state.in_flight is None:  # Without a delay.
+    return state
+  rings = state.in_flight
+  latest = _ring.read(rings, (state.worker - 1) % len(rings.value))
+  copies = lambda x: jnp.concatenate([x] * devices)
+  own = lambda packet: packet._replace(
+    updates=jax.tree.map(copies, packet.updates), value=copies(packet.value)
+  )
+  latest = latest._replace(
+    updates=jax.tree.map(lambda x: x[None], latest.updates),
+    value=latest.value[None],
+  )
+  return DelayedAllReduceState(
+    state._replace(in_flight=own(rings)), own(latest)
+  )
+
+
+def _with_rows(state, rows):
+  """An asynchronous state with other slots at the places of workers."""
+  moved = lambda tree: jax.tree.map(lambda x: x[rows], tree)
+  slots = moved(state.in_flight._replace(batch=None))
+  return state._replace(
+    in_flight=slots._replace(batch=state.in_flight.batch),
+    worker_state=_protocol.Unread(moved(state.worker_state.state)),
+  )
+
+
 def _making(inner, loss_fn, devices, batch_like):
   """A function that makes the server's side; a device's loss and share."""
   make = inner

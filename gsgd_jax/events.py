@@ -1,6 +1,6 @@
 """What happens in a run, event by event, and what is kept of it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -149,6 +149,29 @@ class Evaluation(NamedTuple):
 MEASURED = Evaluation._fields[4:]
 
 
+def evaluation_of(
+  line: dict[str, Any], method: Method, arrivals: dict[str, Any] | None
+) -> Evaluation:
+  """The evaluation that a line of `metrics.jsonl` tells of.
+
+  Args:
+    line: What JSON says.
+    method: The method.
+    arrivals: The fields of its `Arrivals`; None where nobody asks for them.
+  """
+  numbers = lambda values: np.array(
+    [np.nan if v is None else v for v in values]
+  )
+  arrivals = arrivals or dict.fromkeys(Arrivals._fields, ())
+  return Evaluation(
+    method,
+    line['step'],
+    line['epoch'],
+    Arrivals(**{k: numbers(v) for k, v in arrivals.items()}),
+    **{field: numbers(line[field]) for field in MEASURED},
+  )
+
+
 class Finished(NamedTuple):
   """A method has ended."""
 
@@ -206,6 +229,17 @@ class Results:
     elif isinstance(event, Finished):
       self._ends[event.method] = (event.status, event.message)
 
+  @property
+  def complete(self) -> bool:
+    """Whether every method has come to its end."""
+    ends = ('completed', 'stopped_early', 'diverged')
+    return all(status in ends for status, _ in self._ends.values())
+
+  @property
+  def all_diverged(self) -> bool:
+    """Whether no method came to an end that means something."""
+    return all(status == 'diverged' for status, _ in self._ends.values())
+
   def fail(self, message: str) -> None:
     """The method that runs, if one does, has failed."""
     for method, (status, _) in self._ends.items():
@@ -218,7 +252,12 @@ class Results:
 
   def _history(self, method):
     events = self._evaluations[method]
-    stack = lambda field: np.array([getattr(e, field) for e in events])
+
+    def stack(field):
+      """Of float64, as what is read from a file."""
+      values = np.array([getattr(e, field) for e in events])
+      return values if values.dtype.kind in 'iu' else values.astype(float)
+
     return History(
       method,
       *self._ends[method],

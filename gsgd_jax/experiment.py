@@ -11,12 +11,14 @@ import ml_collections
 
 from gsgd_jax import (
   _machine,
+  checkpoints,
   compensations,
   data,
   events,
   hosts,
   optimizers,
   parallel,
+  resuming,
   settings,
   tasks,
   training,
@@ -365,6 +367,9 @@ def run(
 def stream(
   config: ml_collections.ConfigDict,
   profile_to: pathlib.Path | None = None,
+  writer: checkpoints.Writer | None = None,
+  done: resuming.Plan | None = None,
+  say: Callable[[str], Any] = lambda sentence: None,
 ) -> Iterator[events.Event]:
   """Trains every method of a config, event by event.
 
@@ -377,6 +382,10 @@ def stream(
     config: Like that of ``settings.default_config()``.
     profile_to: A folder for a ``jax.profiler`` trace of a few steps of each
       method, or None.
+    writer: Writes checkpoints; None is none.
+    done: What was done before, and where to go on. Of methods that have ended
+      nothing is told again.
+    say: Called with sentences about where a method goes on.
 
   Yields:
     Events, as they happen.
@@ -387,17 +396,39 @@ def stream(
   """
   check(config)
   config = resolved(config)
-  datasets = [_load(config, seed) for seed in range(config.seeds)]
+  datasets = load_all(config)
   task = tasks.make(config, datasets[0])
   mesh = parallel.make_mesh(config.devices)
   arrays = parallel.everywhere(mesh, data.stacked(datasets))
   params = parallel.everywhere(mesh, _initial_params(task.model, config.seeds))
+  done = done or resuming.nothing()
+  journal = resuming.Journal(config, datasets[0], mesh, done)
   for method in events.methods(config):
+    if method.name in done.ended:
+      continue
     yield events.Started(method)
     traced = profile_to and profile_to / method.name
-    yield from training.train(
-      config, method, task, datasets, params, arrays, mesh, traced
-    )
+    start, saving = done.starts.get(method.name), None
+    if start is not None:
+      for sentence in resuming.notices(start, config, mesh):
+        say(sentence)
+    if writer is not None:
+      saving = resuming.Saving(writer, journal, method, start)
+    for event in training.train(
+      config, method, task, datasets, params, arrays, mesh, traced, saving
+    ):
+      journal.add(event)
+      yield event
+    if writer is not None and writer.leaving:
+      return
+
+
+def load_all(
+  config: ml_collections.ConfigDict, seeds: int | None = None
+) -> list[data.Dataset]:
+  """A data set for each seed, or for the first ones."""
+  seeds = config.seeds if seeds is None else seeds
+  return [_load(config, seed) for seed in range(seeds)]
 
 
 def _load(config, seed):

@@ -8,6 +8,8 @@
 | `result.json`   | test accuracies, status, versions; written at the end     |
 | `curves.png`    | the picture of them, by updates and by simulated time     |
 | `staleness.png` | how stale gradients were, and whose; where workers are    |
+| `checkpoints/`  | where the run can go on; see `gsgd_jax.checkpoints`       |
+| `evaluation.json` | what `--mode=eval` has measured of these                |
 
 `docs/files.schema.json` describes every field. Only `timing.jsonl` depends on
 the clock: the other files of two equal runs on one machine are equal. JSON has
@@ -19,7 +21,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -34,6 +36,7 @@ NAMES = (
   'result.json',
   'curves.png',
   'staleness.png',
+  'checkpoints',
 )
 # In a line of metrics; `result.json` has every worker.
 _MOST_SHARES = 64
@@ -55,6 +58,28 @@ def fresh_folder(parent: pathlib.Path, name: str, now: str) -> pathlib.Path:
       continue
     return folder
   raise FileExistsError(f'no fresh folder for {now} in {parent}')
+
+
+def lock(workdir: pathlib.Path) -> None:
+  """Keeps a folder for this process, until it ends, however it does.
+
+  Raises:
+    ValueError: Another process has it.
+  """
+  try:
+    import fcntl
+  except ImportError:  # Windows.
+    return
+  folder = os.open(workdir, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    os.close(folder)
+    raise ValueError(
+      f'another process is training in {workdir}; give another --workdir'
+    ) from e
+  except OSError:  # Not every file system has locks.
+    os.close(folder)
 
 
 def write_whole(
@@ -102,10 +127,12 @@ def plain(value: Any) -> Any:
 class Lines:
   """A file of JSON lines that grows by whole lines."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: pathlib.Path, more: bool = False):
+    """Makes the file, which may only exist where there is to be more of it."""
     self._path = path
     try:
-      self._file = open(path, 'xb', buffering=0)  # noqa: SIM115
+      mode = 'ab' if more else 'xb'
+      self._file = open(path, mode, buffering=0)  # noqa: SIM115
     except OSError as e:
       raise named(e, path) from e
 
@@ -121,9 +148,51 @@ class Lines:
         self._file.truncate(end)
       raise named(e, self._path) from e
 
+  def sync(self) -> None:
+    """Returns when what was written is on the disk."""
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as e:
+      raise named(e, self._path) from e
+
   def close(self) -> None:
     """No more lines."""
     self._file.close()
+
+
+def keep_lines(path: pathlib.Path, kept: dict[str, int]) -> dict | None:
+  """Drops all lines of a file but the first ones of each method.
+
+  Args:
+    path: A file of JSON lines, each with a ``method``, or none.
+    kept: How many of which method.
+
+  Returns:
+    The last that stays, if any.
+  """
+  if not path.exists():
+    return None
+  left, lines, last = dict(kept), [], None
+  for line, said in whole_lines(path):
+    if left.get(said['method'], 0) > 0:
+      left[said['method']] -= 1
+      lines.append(line)
+      last = said
+  whole = b''.join(lines)
+  if whole != path.read_bytes():
+    write_whole(path, lambda aside: aside.write_bytes(whole))
+  return last
+
+
+def whole_lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """The lines of such a file, and what they say; none that is torn."""
+  for line in path.read_bytes().splitlines(keepends=True):
+    try:
+      said = json.loads(line)
+    except ValueError:
+      continue
+    if line.endswith(b'\n') and isinstance(said, dict) and 'method' in said:
+      yield line, said
 
 
 def named(error: OSError, path: pathlib.Path) -> OSError:
@@ -137,20 +206,33 @@ class Log:
   """Writes a run's `config.json`, `metrics.jsonl` and `timing.jsonl`.
 
   Args:
-    workdir: A folder that holds no run.
+    workdir: A folder that holds no run, or one that goes on.
     config: The run's settings.
     began: When the program began, by ``time.perf_counter()``.
+    kept: Of a run that goes on: how many lines of which method stay.
   """
 
   def __init__(
-    self, workdir: pathlib.Path, config: ml_collections.ConfigDict, began: float
+    self,
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    began: float,
+    kept: dict[str, int] | None = None,
   ):
-    # First what fails if another run has just begun here.
-    self._metrics = Lines(workdir / 'metrics.jsonl')
-    write_json(workdir / 'config.json', config.to_dict())
-    self._timing = Lines(workdir / 'timing.jsonl')
+    metrics, timing = (
+      workdir / f'{name}.jsonl' for name in ('metrics', 'timing')
+    )
     self._began = began
-    self._last = None
+    goes_on = kept is not None
+    if goes_on:
+      keep_lines(metrics, kept)
+      last = keep_lines(timing, kept)
+      self._began -= last['seconds'] if last else 0.0
+    # First what makes this a folder where a run can go on.
+    write_json(workdir / 'config.json', config.to_dict())
+    self._metrics = Lines(metrics, more=goes_on)
+    self._timing = Lines(timing, more=goes_on)
+    self._last = None  # When, and at which step, of which method.
 
   def add(self, event: events.Event, when: float) -> None:
     """Writes what there is to write about an event at a time."""
@@ -161,13 +243,18 @@ class Log:
     measured = {f: getattr(event, f) for f in fields}
     self._metrics.write(line | measured | _arrivals(event.arrivals))
     rate = None
-    if event.step:  # Later than an evaluation of the same method.
-      before, step = self._last
+    if self._last is not None and self._last[2] == event.method:
+      before, step, _ = self._last
       rate = (event.step - step) / (when - before)
-    self._last = (when, event.step)
+    self._last = (when, event.step, event.method)
     self._timing.write(
       line | {'seconds': when - self._began, 'updates_per_second': rate}
     )
+
+  def sync(self) -> None:
+    """Returns when every line is on the disk."""
+    self._metrics.sync()
+    self._timing.sync()
 
   def close(self) -> None:
     """Closes the files."""

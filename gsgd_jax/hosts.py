@@ -10,6 +10,7 @@ ends there is a sentence and an exit code.
 import faulthandler
 import hashlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -185,6 +186,42 @@ def check_same_data(dataset) -> None:
       'not the same here: give all the same files, version and '
       '--config.stream=True or False'
     )
+
+
+def shared_folder(
+  workdir: pathlib.Path | None, config: ml_collections.ConfigDict
+) -> pathlib.Path:
+  """The folder of the first process, in all processes.
+
+  Args:
+    workdir: It; None in the other processes.
+    config: The run's settings.
+
+  Raises:
+    ValueError: A process does not see it, and all are to write checkpoints.
+  """
+  from gsgd_jax import parallel
+
+  told = told_by_the_first('' if workdir is None else str(workdir.absolute()))
+  seen = pathlib.Path(told).is_dir()
+  if config.checkpoints and not parallel.true_on_all_hosts(seen):
+    raise ValueError(
+      f'all processes write checkpoints, and not all see the folder {told}; '
+      'give a --workdir that they share, or --config.checkpoints=0'
+    )
+  return pathlib.Path(told)
+
+
+def told_by_the_first(text: str) -> str:
+  """The first process's text, in all processes."""
+  from gsgd_jax import parallel
+
+  data = np.frombuffer(text.encode(), np.uint8)
+  size = int(parallel.of_first_host(np.int32(data.size)))
+  padded = np.zeros(size, np.uint8)
+  if is_first():
+    padded[:] = data
+  return parallel.of_first_host(padded).tobytes().decode()
 
 
 def _agreed(text):

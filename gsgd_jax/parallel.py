@@ -771,6 +771,16 @@ def same_on_all_hosts(values: np.ndarray) -> bool:
   return True
 
 
+def true_on_all_hosts(here: bool) -> bool:
+  """Whether something is true on every host."""
+  return bool(multihost_utils.process_allgather(np.array(here)).all())
+
+
+def of_first_host(values: np.ndarray) -> np.ndarray:
+  """The first host's values, on all hosts, which have as many."""
+  return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
 def everywhere(mesh: Mesh, tree: Any) -> Any:
   """A tree on all devices, whole."""
   if mesh.size == 1:

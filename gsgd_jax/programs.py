@@ -19,6 +19,7 @@ import optax
 from jax import custom_batching
 
 from gsgd_jax import (
+  _methods,
   _protocol,
   batches,
   data,
@@ -79,12 +80,17 @@ class Programs(NamedTuple):
       evaluated)``: a chunk of so many calls; the carry is donated.
     measure: ``measure(evaluated, arrays)``: losses and accuracies.
     placed: ``placed(rows, pace)``: both where `advance` wants them.
+    like: ``like(devices)``: shapes of the carry on so many devices.
+    moved: ``moved(carry, devices)``: a carry of so many devices, as `advance`
+      wants it.
   """
 
   init: Callable
   advance: Callable
   measure: Callable
   placed: Callable
+  like: Callable
+  moved: Callable
 
 
 def make(
@@ -99,7 +105,7 @@ def make(
   if mesh.size > 1:
     return _many_devices(settings, mesh)
   init_one, advance_one = _one_device(settings)
-  axes = _axes(settings, init_one, advance_one)
+  axes = _axes_on(settings, 1)
   own = data.axes(datasets)
   return Programs(
     jax.jit(jax.vmap(init_one, out_axes=axes)),
@@ -111,6 +117,8 @@ def make(
     ),
     jax.jit(jax.vmap(task.measure, in_axes=(0, own))),
     lambda rows, pace: (rows, pace),
+    functools.partial(_like, settings),
+    functools.partial(_moved, settings, 1, None),
   )
 
 
@@ -308,7 +316,7 @@ def _many_devices(settings, mesh):
   by_example = parallel.by_device(mesh, axis=2)
   of_batch = by_example if _splits(settings) else everywhere
   rows_specs = Rows(of_batch, of_batch, everywhere)
-  axes = _axes(settings, *_on_device(settings, parallel.Devices('', 1)))
+  axes = _axes_on(settings, mesh.size)
   own = data.axes(settings.datasets)
   init_one, advance_one = _on_device(settings, devices)
 
@@ -349,15 +357,50 @@ def _many_devices(settings, mesh):
       pace, parallel.by_device(mesh)
     )
 
+  expected = parallel.shardings(mesh, specs)
   return Programs(
-    jax.jit(
-      jax.vmap(init_one, out_axes=axes),
-      out_shardings=parallel.shardings(mesh, specs),
-    ),
+    jax.jit(jax.vmap(init_one, out_axes=axes), out_shardings=expected),
     jax.jit(advance, donate_argnums=0),
     jax.jit(measure),
     placed,
+    functools.partial(_like, settings),
+    functools.partial(_moved, settings, mesh.size, expected),
   )
+
+
+def _like(settings, devices):
+  """Shapes of the carry of all seeds on so many devices."""
+  if devices == 1:
+    init_one, _ = _one_device(settings)
+  else:
+    init_one, _ = _on_device(settings, parallel.Devices('', devices))
+  seeds = settings.config.seeds
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype),
+    settings.params(),
+  )
+  init = jax.vmap(init_one, out_axes=_axes_on(settings, devices))
+  return jax.eval_shape(init, np.arange(seeds), params)
+
+
+def _axes_on(settings, devices):
+  """The axes of seeds of the carry on so many devices."""
+  if devices == 1:
+    return _axes(settings, *_one_device(settings))
+  return _axes(settings, *_on_device(settings, parallel.Devices('', 1)))
+
+
+def _moved(settings, devices, expected, carry, before):
+  """A carry of `before` devices as so many have it, where it is `expected`."""
+  kind = transformation.parallel_kind(*settings[:2])
+
+  def one(carry):
+    state = _methods.as_on_one(kind, carry.opt_state, before)
+    return carry._replace(opt_state=_methods.as_on(kind, state, devices))
+
+  axes = (_axes_on(settings, n) for n in (before, devices))
+  over_seeds = jax.vmap(one, in_axes=(next(axes),), out_axes=next(axes))
+  return jax.jit(over_seeds, out_shardings=expected)(carry)
 
 
 def _splits(settings):

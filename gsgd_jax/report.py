@@ -155,6 +155,11 @@ def table(histories: dict[str, events.History], losses: bool = False) -> str:
     else:
       row += ['0', '0', '0']
     rows.append([*row, history.status.replace('_', ' ')])
+  return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+  """A table of text, its head underlined."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for row in rows:

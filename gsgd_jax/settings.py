@@ -204,6 +204,12 @@ def default_config() -> ml_collections.ConfigDict:
   config.coordinator = config_dict.placeholder(str)  # HOST:PORT of process 0.
   config.processes = config_dict.placeholder(int)  # How many,
   config.process_id = config_dict.placeholder(int)  # and which one this is.
+  # Checkpoints in the workdir: after so many minutes, or updates, or both; of
+  # each method the last ones are kept (0: none are written).
+  config.checkpoint_minutes = config_dict.placeholder(float)
+  config.checkpoint_minutes = 1.0
+  config.checkpoint_every = config_dict.placeholder(int)
+  config.checkpoints = 2
   # Watching.
   config.tensorboard = False  # Event files in the workdir.
   config.profile = False  # A jax.profiler trace of a few steps of each method.
@@ -281,6 +287,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   _integer(config, 'processes', 1, optional=True)
   _integer(config, 'process_id', 0, optional=True)
   _integer(config, 'round_size', 1, optional=True)
+  _integer(config, 'checkpoints', 0)
+  _integer(config, 'checkpoint_every', 1, optional=True)
   for name in ('verification', 'average_scores', 'stored_gradients'):
     _truth(config, name)
   _truth(config, 'distributed')
@@ -301,6 +309,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _number(config, name, 0, _LARGEST, optional=True)
   for name in ('epochs', 'evaluate_epochs'):
     _number(config, name, 0, _LARGEST, optional=True)
+  _number(config, 'checkpoint_minutes', 0, _LARGEST, optional=True)
   _number(config, 'warmup_epochs', 0, _LARGEST)
   _number(config, 'warmup_start', 0, 1, optional=True)
   _number(config, 'drop_factor', 0, 1)

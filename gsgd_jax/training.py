@@ -11,9 +11,10 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -22,6 +23,7 @@ from gsgd_jax import (
   diagnostics,
   events,
   programs,
+  resuming,
   simulated_time,
   tasks,
   transformation,
@@ -29,6 +31,7 @@ from gsgd_jax import (
 )
 
 _CHUNK_SECONDS = 0.5
+_CHUNK_CALLS = 64  # At least, where chunks must not depend on the clock.
 _PROFILED = 5  # Calls in a trace, from the second call on.
 
 
@@ -41,6 +44,7 @@ def train(
   arrays: Any,
   mesh: jax.sharding.Mesh,
   profile_to: pathlib.Path | None = None,
+  saving: resuming.Saving | None = None,
 ) -> Iterator[events.Event]:
   """Trains all seeds of a config by one method.
 
@@ -53,20 +57,49 @@ def train(
     arrays: What ``data.stacked`` makes of the data sets.
     mesh: The devices that train.
     profile_to: A folder for a ``jax.profiler`` trace of a few steps, or None.
+    saving: Where checkpoints go, and the one to go on from, if any.
 
   Yields:
-    `Progress`, `Evaluation` and at last a `Finished`.
+    `Progress`, `Evaluation` and at last a `Finished`; none where somebody asked
+    to leave.
   """
   filling = transformation.filling_calls(config, method)
   of_method = programs.make(config, method, task, datasets, mesh)
   carry = of_method.init(np.arange(config.seeds), params)
   reports = _Reports(config, method, datasets, filling)
-  pace = _Pace()
-  waiting = None
+  best, last = _Kept(), _Kept()
+  begun = None
+  if saving is not None and saving.start is not None:
+    begun = saving.start.position['calls']
+    carry, best.params, last.params = saving.restored(of_method, carry, params)
+    reports.restore(saving.start.position['reports'])
+  pace = _Pace(_fixed_chunks(config, method, mesh))
   feed = programs.Feed(config, method, datasets, task.keyed)
+
+  def reported(chunk):
+    yield from reports.of(chunk)
+    pace.finished(chunk)
+    best.see(reports.better, chunk.evaluated)
+    last.see(reports.stopping, chunk.evaluated)
+
+  def save(chunk, status):
+    reported = chunk.evaluated
+    if reports.stopped.any():
+      reported = _chosen(reports.stopped, last.params, reported)
+    items = dict(state=carry, params=reported, best=best.params)
+    step = reports.step_of(chunk.calls)
+    saving.save(step, chunk.calls, status, reports.state(), items)
+
+  waiting = chunk = None
   with contextlib.closing(feed):
-    for first, length, ends in _chunks(config, filling, pace, feed.room):
-      rows, proposed = of_method.placed(feed.rows(first, length), pace.own)
+    for first, length, ends in _chunks(
+      config, filling, pace, feed.room, begun, saving
+    ):
+      wanted = saving is not None and saving.wants(reports.step_of(first))
+      rows, proposed = of_method.placed(
+        feed.rows(first, length), pace.proposed(wanted)
+      )
+      when = time.perf_counter()
       with _traced(profile_to if first == 1 else None) as wait_for:
         carry, totals, evaluated = of_method.advance(
           carry, arrays, rows, length, proposed
@@ -75,17 +108,72 @@ def train(
       _wait_on_cpus(mesh, totals)
       measured = of_method.measure(evaluated, arrays) if ends else None
       _wait_on_cpus(mesh, measured)
-      pace.dispatched()
+      chunk = _Chunk(first + length, length, totals, evaluated, measured, when)
       # The host turns to the chunk before while this one is computed.
       if waiting is not None:
-        yield from reports.of(*waiting)
-        pace.finished(waiting[1], waiting[2].pace)
-        if reports.finished:
-          return
-      waiting = (first + length, length, totals, measured)
-    yield from reports.of(*waiting)
-    if not reports.finished:
-      yield events.Finished(method, 'completed', None)
+        yield from reported(waiting)
+        if reports.ended is not None:
+          break
+      waiting = chunk
+      saves = saving is not None and _saves(saving, pace, reports, chunk)
+      # Nothing may run ahead of what is saved, or of what may be the end.
+      if saves or (ends and config.patience is not None):
+        yield from reported(chunk)
+        waiting = None
+        if reports.ended is not None:
+          break
+      if saves:
+        save(chunk, 'running')
+      if saving is not None and saving.leaving:
+        return
+    if waiting is not None and reports.ended is None:
+      yield from reported(waiting)
+  ended = reports.ended or events.Finished(method, 'completed', None)
+  if saving is not None and ended.status != 'diverged' and chunk is not None:
+    save(chunk, ended.status)
+  yield ended
+
+
+def _saves(saving, pace, reports, chunk):
+  """Whether there is to be a checkpoint after a chunk, but for the last."""
+  step = reports.step_of(chunk.calls)
+  wanted = pace.wanted if jax.process_count() > 1 else saving.wants(step)
+  return reports.runs_on(step) and (saving.must(step) or (wanted and step > 0))
+
+
+class _Chunk(NamedTuple):
+  """A chunk of calls that has been handed to the device."""
+
+  calls: int  # Since the start.
+  length: int
+  totals: programs.Totals
+  evaluated: Any  # The parameters after it.
+  measured: dict[str, jax.Array] | None
+  when: float
+
+
+class _Kept:
+  """Parameters of an evaluation on the device; every seed has its own one."""
+
+  def __init__(self):
+    self.params = None
+
+  def see(self, which, params):
+    """Takes those of some seeds, if there are any."""
+    if which is None or not which.any():
+      return
+    if self.params is None:
+      self.params = params
+    else:
+      self.params = _chosen(which, params, self.params)
+
+
+@jax.jit
+def _chosen(which, params, others):
+  def of_seeds(x, other):
+    return jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, other)
+
+  return jax.tree.map(of_seeds, params, others)
 
 
 def _wait_on_cpus(mesh, arrays):
@@ -94,18 +182,37 @@ def _wait_on_cpus(mesh, arrays):
     jax.block_until_ready(arrays)
 
 
-def _chunks(config, filling, pace, room):
-  """(first call, calls, whether an evaluation follows), chunk by chunk."""
-  first = 0
+def _fixed_chunks(config, method, mesh):
+  """Calls a chunk where its ends change what is computed, else None.
+
+  Rounds of workers end where a chunk ends, and gradients that are taken at once
+  are rounded otherwise than those taken one by one.
+  """
+  if mesh.size == 1:
+    return None
+  if transformation.parallel_kind(config, method) != 'asynchronous':
+    return None
+  return -(-_CHUNK_CALLS // config.workers) * config.workers
+
+
+def _chunks(config, filling, pace, room, begun, saving):
+  """(first call, calls, whether an evaluation follows), chunk by chunk.
+
+  From the first call on, or after so many as have `begun`.
+  """
+  first = begun or 0
   for step in _evaluated_steps(config):
     end = step + filling if step else 0
-    if first == end:
+    if begun is None and not step:
       yield first, 0, True
     while first < end:
-      # The first call is a chunk of its own; what it sets up is not traced.
-      traced = config.profile and first == 1
-      most = _PROFILED if traced else pace.calls
+      most = pace.calls
+      if config.profile:  # What the first call sets up is not traced.
+        most = {0: 1, 1: _PROFILED}.get(first, most)
       length = min(end - first, room, most)
+      if saving is not None:
+        stop = saving.next_stop(max(first - filling, 0)) + filling
+        length = int(min(length, stop - first))
       yield first, length, first + length == end
       first += length
 
@@ -129,56 +236,99 @@ def _evaluated_steps(config):
 
 
 class _Pace:
-  """How many calls fit into half a second.
+  """How many calls a chunk has: as many as fit into half a second, or `fixed`.
 
-  All hosts have to agree on it: each chunk is given what they propose (`own`),
-  and its totals bring the least of that (`calls`).
+  All hosts have to agree on it: each chunk is given what they propose
+  (`proposed`), and its totals bring the least of that (`calls`).
+
+  Attributes:
+    calls: How many.
+    own: How many this host would take.
+    wanted: Whether any host wants a checkpoint.
   """
 
-  def __init__(self):
-    self.calls = 1
-    self.own = 1
-    self._dispatched = [0.0, 0.0]  # Times of the last two chunks.
+  def __init__(self, fixed=None):
+    self._fixed = fixed
+    self.calls = self.own = fixed or 1
+    self.wanted = False
     self._finished = 0.0
 
-  def dispatched(self):
-    """A chunk was handed to the device."""
-    self._dispatched = [self._dispatched[1], time.perf_counter()]
+  def proposed(self, wanted):
+    """What to propose; 0 where a checkpoint is wanted."""
+    return 0 if wanted else self.own
 
-  def finished(self, length, agreed):
-    """The chunk before the last one, of so many calls, has finished."""
+  def finished(self, chunk):
+    """A chunk has finished."""
     now = time.perf_counter()
-    took = now - max(self._dispatched[0], self._finished)
+    took = now - max(chunk.when, self._finished)
     self._finished = now
-    if length:
-      self.own = max(1, int(length * _CHUNK_SECONDS / max(took, 1e-6)))
-    self.calls = self.own
-    if jax.process_count() > 1:
-      self.calls = int(np.min(agreed))
+    if chunk.length and self._fixed is None:
+      self.own = max(1, int(chunk.length * _CHUNK_SECONDS / max(took, 1e-6)))
+    if jax.process_count() == 1:
+      self.calls = self.own
+      return
+    agreed = int(np.min(chunk.totals.pace))
+    self.wanted = not agreed
+    self.calls = agreed or self.calls
 
 
 class _Reports:
   """Turns what chunks leave behind into events."""
 
   def __init__(self, config, method, datasets, filling):
-    self.finished = False
+    self.ended = None  # A `Finished`, before the last step.
+    self.better = None  # Which seeds the last chunk's evaluation bettered,
+    self.stopping = None  # and which it has stopped.
     self._config = config
     self._method = method
     self._filling = filling
     size = transformation.batch_size(config, method)
     self._epoch = size / datasets[0].examples
-    self._stopping = _Stopping(config.patience, config.seeds)
+    self._seeds = _Seeds(config.patience, config.seeds)
     self._seen = np.zeros([2, config.seeds])  # Sums of the chunk before.
     self._recent = np.zeros([2, config.seeds])  # Since the last evaluation.
 
-  def of(self, calls, length, totals, measured):
-    """Events of a chunk that ends after so many calls; waits for it."""
-    totals = jax.device_get(totals)
-    step = max(calls - self._filling, 0)
+  @property
+  def stopped(self):
+    """Which seeds have stopped early."""
+    return self._seeds.stopped
+
+  def step_of(self, calls):
+    """Arriving gradients after so many calls."""
+    return max(calls - self._filling, 0)
+
+  def runs_on(self, step):
+    """Whether there is more to come after a step."""
+    return step < self._config.updates
+
+  def state(self):
+    """What a checkpoint needs to know; JSON can say it."""
+    return {
+      'seen': self._seen.tolist(),
+      'recent': self._recent.tolist(),
+      'seeds': self._seeds.state(),
+    }
+
+  def restore(self, state):
+    """Goes on from there."""
+    self._seen = np.array(state['seen'])
+    self._recent = np.array(state['recent'])
+    self._seeds.restore(state['seeds'])
+
+  def of(self, chunk):
+    """Events of a chunk; waits for it."""
+    calls, length, totals, measured = (
+      chunk.calls,
+      chunk.length,
+      jax.device_get(chunk.totals),
+      chunk.measured,
+    )
+    step = self.step_of(calls)
+    self.better = self.stopping = None
     arrived = self._arrived(totals)
     diverged = self._diverged(totals.bad_call >= 0, totals)
     if diverged is None and length:
-      losses = totals.loss[~self._stopping.stopped]
+      losses = totals.loss[~self._seeds.stopped]
       loss = float(np.mean(losses)) / length
       staleness = float(_ratio(*arrived.sum(axis=1)))
       yield events.Progress(self._method, step, loss, staleness)
@@ -189,11 +339,9 @@ class _Reports:
       if diverged is None:
         yield self._evaluation(calls, step, totals, measured)
     if diverged is not None:
-      self.finished = True
-      yield diverged
-    elif self._stopping.all:
-      self.finished = True
-      yield events.Finished(self._method, 'stopped_early', None)
+      self.ended = diverged
+    elif self._seeds.all_stopped:
+      self.ended = events.Finished(self._method, 'stopped_early', None)
 
   def _evaluation(self, calls, step, totals, measured):
     config, cluster = self._config, totals.cluster
@@ -209,7 +357,7 @@ class _Reports:
     measured['overwritten'] = cluster.overwritten
     measured['lost'] = cluster.lost
     measured['refused'] = cluster.refused
-    measured = self._stopping.frozen(measured | _arrivals(cluster)).copy()
+    measured = self._seeds.frozen(measured | _arrivals(cluster)).copy()
     mean, histogram, shares = (
       measured.pop(name) for name in events.Arrivals._fields
     )
@@ -223,7 +371,9 @@ class _Reports:
       **measured,
     )
     if step:
-      self._stopping.see(evaluation)
+      before = self.stopped.copy()
+      self.better = self._seeds.see(evaluation)
+      self.stopping = self.stopped & ~before
     return evaluation
 
   def _arrived(self, totals):
@@ -236,7 +386,7 @@ class _Reports:
 
   def _diverged(self, bad, totals, losses=None, step=None):
     """The end of a method with a seed whose loss is not finite."""
-    bad = np.flatnonzero(bad & ~self._stopping.stopped)
+    bad = np.flatnonzero(bad & ~self._seeds.stopped)
     if not len(bad):
       return None
     if losses is None:
@@ -278,27 +428,30 @@ def _where(stopped, last, values):
   return np.where(stopped.reshape(-1, *[1] * (values.ndim - 1)), last, values)
 
 
-class _Stopping:
-  """Early stopping, seed by seed.
+class _Seeds:
+  """How well every seed has done, and which have stopped early.
 
-  A seed stops when so many evaluations in a row have not bettered its
-  validation accuracy, or at equal accuracy its validation loss. What is
+  A seed is better where its validation accuracy is, or at equal accuracy its
+  validation loss. It stops when so many evaluations in a row were not; what is
   reported of it from then on is what it was when it stopped.
   """
 
   def __init__(self, patience, seeds):
     self._patience = patience
     self._best = [(-math.inf, -math.inf)] * seeds
+    self._best_step = np.zeros(seeds, int)
     self._since = np.zeros(seeds, int)
     self._last = None
     self.stopped = np.zeros(seeds, bool)
 
   @property
-  def all(self):
+  def all_stopped(self):
     return bool(self.stopped.all())
 
   def frozen(self, measured):
     """The measurements, those of stopped seeds as they were."""
+    if self._patience is None:
+      return measured
     if self._last is not None:
       measured = {
         name: _where(self.stopped, self._last[name], values)
@@ -308,13 +461,39 @@ class _Stopping:
     return measured
 
   def see(self, evaluation):
-    """Takes note of an evaluation."""
-    if self._patience is None:
-      return
+    """Takes note of an evaluation; returns which seeds are better."""
     loss = np.nan_to_num(evaluation.validation_loss, nan=np.inf)
-    scores = zip(evaluation.validation_accuracy, -loss, strict=True)
+    scores = zip(
+      evaluation.validation_accuracy.tolist(), (-loss).tolist(), strict=True
+    )
+    better = np.zeros(len(loss), bool)
     for seed, score in enumerate(scores):
-      better = score > self._best[seed]
-      self._best[seed] = max(score, self._best[seed])
-      self._since[seed] = 0 if better else self._since[seed] + 1
-    self.stopped |= self._since >= self._patience
+      if score > self._best[seed]:  # Nothing is better than NaN, nor is NaN.
+        better[seed], self._best[seed] = True, score
+    self._best_step[better] = evaluation.step
+    self._since = np.where(better, 0, self._since + 1)
+    if self._patience is not None:
+      self.stopped |= self._since >= self._patience
+    return better
+
+  def state(self):
+    """What a checkpoint needs to know; JSON can say it."""
+    last = self._last and {
+      k: np.asarray(v).tolist() for k, v in self._last.items()
+    }
+    return {
+      'best': self._best,
+      'best_step': self._best_step.tolist(),
+      'since': self._since.tolist(),
+      'stopped': self.stopped.tolist(),
+      'last': last,
+    }
+
+  def restore(self, state):
+    """Goes on from there."""
+    self._best = [tuple(score) for score in state['best']]
+    self._best_step = np.array(state['best_step'])
+    self._since = np.array(state['since'])
+    self.stopped = np.array(state['stopped'])
+    if state['last'] is not None:
+      self._last = {k: np.array(v) for k, v in state['last'].items()}

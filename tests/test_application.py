@@ -2,6 +2,7 @@
 
 import io
 import json
+import queue
 import signal
 
 import jax
@@ -38,11 +39,12 @@ def run(tmp_path, monkeypatch, capsys):
   """Runs a config whose training ends as it is told to."""
 
   def run(end):
-    def stream(config, profile_to):
+    def stream(config, *others):
       yield from happened(config)
       end()
 
     monkeypatch.setattr(experiment, 'stream', stream)
+    monkeypatch.setattr(application, '_LEAVE_SECONDS', 1.0)
     before = [signal.getsignal(n) for n in application._SIGNALS]
     try:
       return application.run(config_of(), tmp_path, 0.0), capsys.readouterr()
@@ -144,3 +146,47 @@ def test_a_bar_on_a_terminal():
   assert 'sequential (compiling)   0%' in shown
   assert '100%' in shown and 'stopped early' not in shown
   assert 'delayed diverged: so\n' in shown
+
+
+class Hung:
+  """A terminal that has been closed."""
+
+  encoding = 'utf-8'
+
+  def isatty(self):
+    return True
+
+  def fileno(self):
+    raise OSError(5, 'Input/output error')
+
+  def write(self, text):
+    if self.closed:
+      raise OSError(5, 'Input/output error')
+
+  def flush(self):
+    self.write('')
+
+
+def test_a_terminal_that_is_closed_stops_nothing(monkeypatch):
+  monkeypatch.setattr(application, 'say', lambda text, stream: None)
+  terminal = Hung()
+  terminal.closed = False
+  watch = application.Watch(config_of(updates=100), terminal)
+  terminal.closed = True
+  watch.note('something')
+  for event in happened(config_of()):
+    watch.add(event, 1.0)
+  watch.close()
+
+
+def test_a_second_signal_does_not_wait_for_a_checkpoint(monkeypatch):
+  monkeypatch.setattr(application, '_AGAIN_SECONDS', 0.0)
+
+  class Writer:
+    writes = True
+
+  inbox = queue.SimpleQueue()
+  for item in ('an event', application._Interrupted(signal.SIGINT)):
+    inbox.put(item)
+  application._until_written(inbox, Writer)  # Else it would be for ever.
+  assert inbox.empty()

@@ -272,6 +272,7 @@ def test_label_noise_reaches_training():
   )
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 def test_chunks_change_nothing(monkeypatch):
   """However the run is cut into chunks: bit for bit the same."""
   config = short(methods=('asynchronous+random',), revisit=0)
@@ -401,7 +402,7 @@ def evaluation(accuracies, losses, **others):
 
 
 def test_early_stopping_seed_by_seed():
-  stopping = training._Stopping(patience=2, seeds=2)
+  stopping = training._Seeds(patience=2, seeds=2)
   method = events.methods(short())[0]
 
   def see(step, accuracies, losses):
@@ -418,9 +419,9 @@ def test_early_stopping_seed_by_seed():
   # Seed 0 is reported as it was at 3 from now on.
   assert see(4, [0.9, 0.6], [0, 1]) == ([0.03, 0.04], [True, False])
   assert see(5, [0.9, 0.6], [0, 1]) == ([0.03, 0.05], [True, False])
-  assert not stopping.all
+  assert not stopping.all_stopped
   assert see(6, [0.9, 0.6], [0, 1]) == ([0.03, 0.06], [True, True])
-  assert stopping.all
+  assert stopping.all_stopped
 
 
 def test_early_stopping_ends_the_run():
@@ -449,9 +450,10 @@ def test_progress_leaves_out_seeds_that_stopped():
   reports = training._Reports(
     short(patience=1), events.methods(short())[0], [data.load('iris', 0)], 0
   )
-  reports._stopping.stopped[:] = [True, False]
+  reports._seeds.stopped[:] = [True, False]
   totals = totals_of(np.array([np.nan, 6.0]), arrivals=3, bad=[0])
-  (progress,) = reports.of(3, 3, totals, None)
+  chunk = training._Chunk(3, 3, totals, evaluated=None, measured=None, when=0)
+  (progress,) = reports.of(chunk)
   assert (progress.step, progress.loss, progress.staleness) == (3, 2.0, 0.0)
 
 
@@ -525,6 +527,7 @@ def test_counters_stay_unbatched_under_vmap():
   assert recorded.inner_state.window.scores.shape == (2, 5)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')
 def test_data_are_arguments_not_constants():
   """No constant of the compiled programs is as large as a split's labels."""
   config = short(dataset='digits')

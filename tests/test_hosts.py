@@ -165,6 +165,32 @@ def test_a_process_that_dies_ends_the_other(tmp_path, killed):
     assert result['status'] == 'failed'
 
 
+def test_killed_processes_go_on(tmp_path):
+  """Both write the checkpoint; the first one's word is where they go on."""
+  flags = ['--config.methods=asynchronous+consistent', '--config.updates=600']
+  flags += ['--config.evaluate_every=100', '--config.checkpoint_every=50']
+  (tmp_path / 'one').mkdir()
+  run = alone(tmp_path / 'one', 2, *flags)
+  assert run.returncode == 0, run.stderr
+  with Pair(tmp_path, *flags) as pair:
+    pair.begun()
+    while not list(tmp_path.glob('run/checkpoints/*/*/digests.json')):
+      assert pair.processes[0].poll() is None
+    for process in pair.processes:
+      process.kill()
+  with Pair(tmp_path, *flags) as pair:
+    ends = [pair.end_of(i, 300) for i in range(2)]
+  for code, _, err in ends:
+    assert code == 0, err
+  (_, said, _), (_, nothing, _) = ends
+  assert said.count('going on from') == 1 and 'going on' not in nothing
+  ours, theirs = metrics(tmp_path), metrics(tmp_path / 'one')
+  assert [line['step'] for line in ours] == [line['step'] for line in theirs]
+  for line, other in zip(ours, theirs, strict=True):
+    for name in ('train_loss', 'gradient_evaluations', 'simulated_time'):
+      np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
+
+
 def test_a_signal_ends_both(tmp_path):
   """The one that gets it as ever, the other as if it had died."""
   with Pair(tmp_path, '--config.updates=1000000') as pair:

@@ -37,19 +37,19 @@ LEAST = dict(
   delay=0,
   warmup=0,
 )
-LEAST |= dict(context=1, layers=1, heads=1, width=1)
+LEAST |= dict(context=1, layers=1, heads=1, width=1, checkpoints=0)
 OPTIONAL_LEAST = dict(
   patience=1, replays=0, revisit=0, wait_for=1, split_batch_size=1, max_ahead=0
 )
 OPTIONAL_LEAST |= dict(devices=1, round_size=1, processes=1, process_id=0)
-OPTIONAL_LEAST |= dict(image_size=1, measured=1)
+OPTIONAL_LEAST |= dict(image_size=1, measured=1, checkpoint_every=1)
 SHARES = ['train_share', 'validation_share', 'label_noise', 'spread', 'dropout']
 SHARES += ['drop_factor']
 OPTIONAL_SHARES = ['warmup_start']
 NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay', 'warmup_epochs']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
 OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at', 'clip_norm']
-OPTIONAL_NUMBERS += ['epochs', 'evaluate_epochs']
+OPTIONAL_NUMBERS += ['epochs', 'evaluate_epochs', 'checkpoint_minutes']
 SEQUENCES = ['hidden', 'methods', 'speeds', 'drops', 'drop_epochs']
 DICTS = ['optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs']
 ALL = list(settings.default_config())

@@ -17,6 +17,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from gsgd_jax import checkpoints
 from tests import openml_cache
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,15 +31,22 @@ FILES = {
   'result.json',
   'curves.png',
   'staleness.png',
+  'checkpoints',
 }
 
 
+# Most of a short run is compilation. What compiles as users do says
+# `env=os.environ`.
+QUICK = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **os.environ}
+
+
 def start(directory, *arguments, before=(), **options):
+  pipe = subprocess.PIPE
   return subprocess.Popen(
     [*before, sys.executable, str(ROOT / 'train.py'), *arguments],
     cwd=directory,
     text=True,
-    **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options},
+    **{'stdout': pipe, 'stderr': pipe, 'env': QUICK, **options},
   )
 
 
@@ -56,6 +64,7 @@ import json, os, runpy, sys, traceback
 from absl import app
 from ml_collections import config_flags
 from gsgd_jax import application, experiment, hosts
+import sklearn.datasets  # That of the data sets is imported late.
 
 for line in sys.stdin:
   program, arguments, directory, files, environment = json.loads(line)
@@ -130,7 +139,7 @@ def assert_schema(workdir):
 
 
 def test_the_main_job(tmp_path):
-  done = train(tmp_path, *SMALL)
+  done = train(tmp_path, *SMALL, env=os.environ)
   assert done.returncode == 0, done.stderr
   for label in ('sequential', 'asynchronous, guided', 'random replays'):
     assert label in done.stdout
@@ -172,7 +181,7 @@ def test_the_main_job(tmp_path):
   assert [m['staleness'][0] for m in asynchronous] == [None, 1.7, 2.0]
 
 
-def test_config_and_workdir_and_that_a_run_is_never_overwritten(tmp_path):
+def test_config_and_workdir_and_that_no_run_is_overwritten(tmp_path, forked):
   arguments = (
     f'--config={ROOT}/configs/breast_cancer.py',
     '--workdir=here/x',
@@ -180,25 +189,36 @@ def test_config_and_workdir_and_that_a_run_is_never_overwritten(tmp_path):
     '--config.delay=3',
     *SMALL,
   )
-  done = train(tmp_path, *arguments)
+  done = train(tmp_path, *arguments, env=os.environ)
   assert done.returncode == 0, done.stderr
   workdir = tmp_path / 'here' / 'x'
-  before = {p.name: p.read_bytes() for p in workdir.iterdir()}
+  contents = lambda: {
+    p.relative_to(workdir): (p.read_bytes(), p.stat().st_mtime_ns)
+    for p in workdir.rglob('*')
+    if p.is_file()
+  }
+  before = contents()
   result = assert_schema(workdir)
   assert result['config']['dataset'] == 'breast_cancer'
   assert list(result['methods']) == ['sequential', 'delayed']
-  again = train(tmp_path, *arguments)
-  assert again.returncode == 2
-  assert again.stderr == (
-    'train.py: here/x already holds a run (config.json); give another '
-    '--workdir\n'
+  again = train(tmp_path, *arguments, env=os.environ)
+  assert again.returncode == 0 and again.stderr == ''
+  assert 'here/x holds this run, and it is complete' in again.stdout
+  assert again.stdout.splitlines()[3:] == done.stdout.splitlines()[2:-4]
+  another = forked(tmp_path, *arguments, '--config.delay=4')
+  assert another.returncode == 2
+  assert another.stderr == (
+    'train.py: here/x holds a run with delay=3, and this one has delay=4; give '
+    'another --workdir\n'
   )
-  assert {p.name: p.read_bytes() for p in workdir.iterdir()} == before
+  assert contents() == before
   # The same run again: all but the clock is the same.
-  twin = train(tmp_path, *arguments, '--workdir=twin')
+  twin = train(tmp_path, *arguments, '--workdir=twin', env=os.environ)
   assert twin.returncode == 0
-  for name in FILES - {'timing.jsonl'}:
-    assert (tmp_path / 'twin' / name).read_bytes() == before[name]
+  for name in FILES - {'timing.jsonl', 'checkpoints'}:
+    assert (tmp_path / 'twin' / name).read_bytes() == before[
+      pathlib.Path(name)
+    ][0]
 
 
 @pytest.fixture
@@ -575,16 +595,20 @@ def wait_for(condition, seconds=120):
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_training_everything_measured_is_kept(tmp_path, number):
+@pytest.mark.parametrize(
+  'numbers', [(signal.SIGINT,), (signal.SIGTERM, signal.SIGINT)]
+)
+def test_interrupted_in_training_everything_is_kept(tmp_path, numbers):
   run = start(tmp_path, '--workdir=mine', '--config.updates=10000000')
   metrics = tmp_path / 'mine' / 'metrics.jsonl'
   wait_for(lambda: metrics.exists() and metrics.read_text().count('\n') > 3)
-  run.send_signal(number)
-  time.sleep(0.2)
-  run.send_signal(signal.SIGINT)  # An impatient user changes nothing.
+  for number in numbers:  # To a process and to its group, say.
+    run.send_signal(number)
+    time.sleep(0.2)
+  number, *_ = numbers
   stdout, stderr = run.communicate(timeout=60)
   assert run.returncode == 130
+  assert 'the same settings with --workdir=mine go on\n' in stderr
   assert f'train.py: interrupted ({number.name})\n' in stderr
   assert 'Traceback' not in stderr
   assert stdout.startswith('writing to mine\n') and 'interrupted' in stdout
@@ -596,6 +620,11 @@ def test_interrupted_in_training_everything_measured_is_kept(tmp_path, number):
   # Sequential training has no workers to draw.
   kept = {p.name for p in (tmp_path / 'mine').iterdir()}
   assert kept == FILES - {'staleness.png'}
+  folder = tmp_path / 'mine' / 'checkpoints'
+  last = next(checkpoints.usable(folder, pytest.fail))
+  # No evaluation is lost, nor will one be measured twice.
+  assert last.position['lines'] == {'sequential': len(lines(metrics))}
+  assert last.step >= lines(metrics)[-1]['step']
 
 
 def test_interrupted_while_compiling(tmp_path):
@@ -671,7 +700,8 @@ def test_a_full_disk_is_a_sentence(tmp_path, limit, whole):
   assert re.search(
     r'train.py: cannot go on: mine/\S+: File too large\n', done.stderr
   )
-  held = {p.name for p in (tmp_path / 'mine').iterdir()}
+  assert not list(tmp_path.glob('mine/checkpoints/**/*'))
+  held = {p.name for p in (tmp_path / 'mine').iterdir()} - {'checkpoints'}
   assert whole <= held <= whole | {'metrics.jsonl', 'timing.jsonl'}
   for name in held:  # Nothing half-written.
     text = (tmp_path / 'mine' / name).read_text()
@@ -709,6 +739,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     '--config.evaluate_every=2000',
     '--config.seeds=2',
     stderr=theirs,
+    env=os.environ,
   )
   os.close(theirs)
   shown = b''
