@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import pathlib
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 
 import jax
+import numpy as np
 import pytest
 
 import gsgd_jax
@@ -19,20 +21,25 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 COMPENSATION = (ROOT / 'docs' / 'compensation.md').read_text()
 DEVICES = (ROOT / 'docs' / 'devices.md').read_text()
+CHECKPOINTS = (ROOT / 'docs' / 'checkpoints.md').read_text()
 NETWORKS = (ROOT / 'docs' / 'networks.md').read_text()
 CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
 
 
-def printed_by(text, name):
-  """What the Python of a text prints."""
+def printed_by(text, name, given=None, of_a_run=False):
+  """What the Python of a text prints, but for blocks that need a run's folder.
+
+  Or what these print.
+  """
   blocks = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+  blocks = [b for b in blocks if ('runs/mine' in b) == of_a_run]
   printed = io.StringIO()
   with (
     jax.enable_x64(False),
     jax.numpy_dtype_promotion('standard'),
     contextlib.redirect_stdout(printed),
   ):
-    exec(compile('\n'.join(blocks), name, 'exec'), {})
+    exec(compile('\n'.join(blocks), name, 'exec'), given or {})
   return printed.getvalue()
 
 
@@ -61,6 +68,25 @@ def test_the_guide_to_networks_runs():
   printed = printed_by(NETWORKS, 'networks.md')
   loss = re.fullmatch(r'batch norm under delay: loss (\S+)\n', printed)[1]
   assert float(loss) < 0.5  # From 5.25.
+
+
+def test_the_guide_to_checkpoints_runs(tmp_path, monkeypatch):
+  """And what it loads is what the run says it is."""
+  train = [sys.executable, ROOT / 'train.py', '--workdir=runs/mine']
+  train += ['--config.methods=asynchronous,asynchronous+consistent']
+  train += ['--config.updates=60', '--config.evaluate_every=20']
+  subprocess.run(train, cwd=tmp_path, check=True, capture_output=True)
+  monkeypatch.chdir(tmp_path)
+  result = json.loads(pathlib.Path('runs/mine/result.json').read_text())
+  of_method = result['methods']['asynchronous+consistent']
+  chosen = of_method['test_accuracy']['validation_chosen']
+  printed = printed_by(CHECKPOINTS, 'checkpoints.md', of_a_run=True)
+  assert printed == (
+    f'{chosen["values"][0]:.2%} of seed 0, after {chosen["steps"][0]} updates\n'
+  )
+  given = {'inputs': np.zeros([5, 64], np.float32)}
+  printed_by(README, 'README.md', given, of_a_run=True)
+  assert given['outputs'].shape == (5, 10)
 
 
 def test_the_guide_knows_every_model():
