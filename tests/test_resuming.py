@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import optax
 import pytest
@@ -427,6 +428,8 @@ def test_evaluation_is_what_was_measured(tmp_path, whole):
   assert done.stderr == ''
   assert done.stdout.startswith(evaluation.table(measured))
   said = json.loads((folder / 'evaluation.json').read_text())
+  schema = {**test_train.SCHEMA, '$ref': '#/$defs/evaluation.json'}
+  jsonschema.Draft202012Validator(schema).validate(said)
   assert said == files.plain(measured)
 
 
