@@ -46,6 +46,55 @@ def _epoch_order(examples, seed, epoch):
   return order.astype(np.int32)
 
 
+def all_batch_rows(
+  examples: int, batch_size: int, seed: int, steps: int
+) -> np.ndarray:
+  """The rows of the batches of steps 0, 1, ...: :func:`batch_rows` of each.
+
+  Args:
+    examples: Number of training examples.
+    batch_size: At most ``examples``.
+    seed: An int of at least 0.
+    steps: How many, at least 1.
+
+  Returns:
+    Row numbers, int32, shape ``(steps, batch_size)``.
+
+  Examples:
+    >>> from gsgd_jax import batches
+    >>> rows = batches.all_batch_rows(6, 2, seed=0, steps=5)
+    >>> print(rows[3] == batches.batch_rows(6, 2, seed=0, step=3))
+    [ True  True]
+  """
+  number = examples // batch_size
+  epochs = range(-(-steps // number))
+  orders = [
+    _epoch_order(examples, seed, e)[: number * batch_size] for e in epochs
+  ]
+  return np.concatenate(orders).reshape(-1, batch_size)[:steps]
+
+
+def all_verification_rows(examples: int, seed: int, steps: int) -> np.ndarray:
+  """The samples of steps 0, 1, ...: :func:`verification_rows` of each.
+
+  Args:
+    examples: Number of training examples.
+    seed: An int of at least 0.
+    steps: How many, at least 1.
+
+  Returns:
+    Row numbers, int32, shape ``(steps, verification_size(examples))``.
+
+  Examples:
+    >>> from gsgd_jax import batches
+    >>> batches.all_verification_rows(1078, seed=0, steps=70).shape
+    (70, 100)
+  """
+  blocks = range(-(-steps // _BLOCK))
+  drawn = [_verification_block(examples, seed, b) for b in blocks]
+  return np.concatenate(drawn)[:steps]
+
+
 def verification_size(examples: int) -> int:
   """``min(100, examples // 10)``, at least 1 (guided SGD's sample).
 

@@ -76,9 +76,11 @@ class Parts(NamedTuple):
   acceptance: Callable | None = None
   prediction: Callable | None = None  # Around the optimizer, likewise.
   worker_transform: optax.GradientTransformation | None = None
-  # A gradient's weight in the end, over the learning rate, where replays are
-  # not to enter momenta that belong to workers.
-  replay_weight: float | None = None
+  weight: float | None = (
+    None  # A gradient's in the end, over the learning rate.
+  )
+  # Replays are not to enter its momenta, which belong to workers.
+  per_worker: bool = False
   joined: int = 1  # Batches that arrive as one.
   needs_stale_params: bool = False
 
@@ -188,11 +190,16 @@ def parts_of(name: str, given: dict[str, Any], cluster: Cluster) -> Parts:
     return Parts(acceptance=make, joined=arguments.get('size', 1))
   if name == 'predict':
     return Parts(prediction=make)
-  parts = Parts(optimizer=make, **needs)
+  momentum = arguments.get('momentum', parameters['momentum'].default)
+  weight = 1 / (1 - momentum)
+  if name == 'asynchronous_nesterov':
+    weight = 1.0
+  if name == 'delayed_nesterov':
+    weight /= arguments['workers']
+  parts = Parts(optimizer=make, weight=weight, **needs)
   if name not in PER_WORKER:
     return parts
-  momentum = arguments.get('momentum', parameters['momentum'].default)
-  parts = parts._replace(replay_weight=1 / (1 - momentum))
+  parts = parts._replace(per_worker=True)
   if name == 'dana_dc':  # What is between the two, weight decay, is seen so.
     lam = arguments.pop('lam', parameters['lam'].default)
     return parts._replace(

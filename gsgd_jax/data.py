@@ -103,6 +103,22 @@ class Dataset(NamedTuple):
     last = len(self.train.tokens) - context - 1
     return np.minimum(rows * context + begin, last).astype(np.int32)
 
+  def all_batch_rows(
+    self, batch_size: int, seed: int, steps: int
+  ) -> np.ndarray:
+    """Those of steps 0, 1, ..., shape ``(steps, batch_size)``."""
+    if isinstance(self.train, Text):
+      rows = (self.batch_rows(batch_size, seed, s) for s in range(steps))
+      return np.stack(list(rows))
+    return batches.all_batch_rows(self.examples, batch_size, seed, steps)
+
+  def all_verification_rows(self, seed: int, steps: int) -> np.ndarray:
+    """Those of steps 0, 1, ..., shape ``(steps, size)``."""
+    if isinstance(self.train, Text):
+      rows = (self.verification_rows(seed, s) for s in range(steps))
+      return np.stack(list(rows))
+    return batches.all_verification_rows(self.examples, seed, steps)
+
   def verification_rows(self, seed: int, step: int) -> np.ndarray:
     """The rows of a step's sample; see :func:`verification_rows`."""
     if not isinstance(self.train, Text):

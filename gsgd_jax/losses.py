@@ -117,13 +117,30 @@ def accuracy(
     0.5
   """
 
-  def accuracy_fn(params, batch):
-    logits = _evaluated(model, prepare, params, batch)
-    correct = jnp.argmax(logits, axis=-1) == batch[1]
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return jnp.mean(correct & finite)
+  correct = correctness(model, prepare)
+  return lambda params, batch: jnp.mean(correct(params, batch))
 
-  return accuracy_fn
+
+def correctness(
+  model: Model, prepare: Callable[[Any, Any], Any] | None = None
+) -> Callable[[Any, Any], jax.Array]:
+  """Which of a batch's examples, or tokens, are classified correctly.
+
+  Args:
+    model: A ``Model``, applied as in evaluation.
+    prepare: ``prepare(inputs, None) -> inputs``, applied first.
+
+  Returns:
+    ``correct(params, (inputs, labels))``, bool, of the labels' shape; see
+    :func:`accuracy`.
+  """
+
+  def correct(params, batch):
+    logits = _evaluated(model, prepare, params, batch)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return (jnp.argmax(logits, axis=-1) == batch[1]) & finite
+
+  return correct
 
 
 def _cross_entropy(logits, labels):

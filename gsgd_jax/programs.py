@@ -53,7 +53,9 @@ class Cluster(NamedTuple):
   extra_gradients: jax.Array  # Of the server: replays, and corrections.
 
 
-class _Carry(NamedTuple):
+class Carry(NamedTuple):
+  """What a run carries from call to call."""
+
   params: Any
   opt_state: optax.OptState
   calls: jax.Array  # shape=(), int32.
@@ -101,7 +103,7 @@ def make(
   mesh: jax.sharding.Mesh,
 ) -> Programs:
   """The programs of a method on the devices of a mesh."""
-  settings = _Settings(config, method, task, datasets)
+  settings = Settings(config, method, task, datasets)
   if mesh.size > 1:
     return _many_devices(settings, mesh)
   init_one, advance_one = _one_device(settings)
@@ -122,13 +124,15 @@ def make(
   )
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+  """What is trained, and by which method."""
+
   config: ml_collections.ConfigDict
   method: events.Method
   task: tasks.Task
   datasets: list[data.Dataset]
 
-  def make(self, how, *where):
+  def make(self, how, *where, **options):
     """What trains, of a seed; `how` says on what."""
     batch_like = transformation.batch_like_of(
       self.config, self.method, self.datasets[0], self.task.keyed
@@ -140,6 +144,7 @@ class _Settings(NamedTuple):
       batch_like,
       *where,
       stages=self.task.model.stages,
+      **options,
     )
 
   def batch(self, train, batch, keys):
@@ -254,30 +259,37 @@ class Feed:
     return data.Examples(*map(joined, *taken))
 
 
-def _one_device(settings):
-  """`init` and `advance` of a seed, on one device alone."""
+def stepper(settings: Settings) -> tuple[Callable, Callable]:
+  """A run on one device alone, call by call.
+
+  Args:
+    settings: What is trained.
+
+  Returns:
+    ``init(seed, params, rate=None) -> carry`` and ``step(carry, train, rows,
+    rate=None) -> (carry, loss)``, of one seed and one call. ``rate`` is a
+    learning rate in place of the config's; it may be traced.
+  """
   loss_fn = settings.task.loss_fn
   filling = settings.filling
 
-  def transformation_of(seed):
-    return settings.make(transformation.make_transformation, seed)
+  def transformation_of(seed, rate):
+    return settings.make(transformation.make_transformation, seed, rate=rate)
 
-  def init_one(seed, params):
-    return _begin(params, transformation_of(seed).init(params))
+  def init_one(seed, params, rate=None):
+    return _begin(params, transformation_of(seed, rate).init(params))
 
-  def step(carry, arrays, rows):
+  def step(carry, train, rows, rate=None):
     params, opt_state, calls, bad_call, bad_loss = carry
-    batch = settings.batch(arrays[0], rows.batch, rows.keys)
+    batch = settings.batch(train, rows.batch, rows.keys)
     value, grads = jax.value_and_grad(loss_fn)(
       worker_params(params, opt_state), batch
     )
     extra = {}
     if rows.verification is not None:
-      extra['verification'] = settings.verification(
-        arrays[0], rows.verification
-      )
+      extra['verification'] = settings.verification(train, rows.verification)
     # What a seed decides is in the state, so here any seed will do.
-    updates, opt_state = transformation_of(0).update(
+    updates, opt_state = transformation_of(0, rate).update(
       grads,
       opt_state,
       params,
@@ -287,7 +299,7 @@ def _one_device(settings):
       **extra,
     )
     first_bad = (bad_call < 0) & ~jnp.isfinite(value)
-    carry = _Carry(
+    carry = Carry(
       optax.apply_updates(params, updates),
       opt_state,
       calls + 1,
@@ -296,10 +308,17 @@ def _one_device(settings):
     )
     return carry, value
 
+  return init_one, step
+
+
+def _one_device(settings):
+  """`init` and `advance` of a seed, on one device alone."""
+  init_one, step = stepper(settings)
+
   def advance_one(carry, arrays, rows, length, pace):
     def body(i, carry_and_loss):
       carry, loss = carry_and_loss
-      carry, value = step(carry, arrays, jax.tree.map(lambda r: r[i], rows))
+      carry, value = step(carry, arrays[0], jax.tree.map(lambda r: r[i], rows))
       return carry, loss + value
 
     carry, loss = jax.lax.fori_loop(0, length, body, (carry, jnp.zeros([])))
@@ -458,7 +477,7 @@ def _on_device(settings, devices):
     first = jnp.argmax(bad).astype(jnp.int32)
     first_bad = (carry.bad_call < 0) & bad[first]
     loss = jnp.sum(jnp.where(there, losses, 0))
-    carry = _Carry(
+    carry = Carry(
       params,
       opt_state,
       carry.calls + length,
@@ -485,7 +504,7 @@ def _axes(settings, init_one, advance_one):
 
 
 def _begin(params, opt_state):
-  return _Carry(
+  return Carry(
     params,
     opt_state,
     calls=jnp.zeros([], jnp.int32),

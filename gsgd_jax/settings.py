@@ -189,6 +189,11 @@ def default_config() -> ml_collections.ConfigDict:
   config.window = 10
   config.replays = config_dict.placeholder(int)
   config.replay_model = 'serial'
+  # Replays are steps of plain SGD, of so many times what an arriving gradient
+  # weighs in the end (the learning rate, over 1 - momentum where there is one):
+  # they are fresh, and stand larger steps. None: they go through the optimizer
+  # (where momenta are the workers', in DANA and its kin, None is 1).
+  config.replay_step = config_dict.placeholder(float)
   config.revisit = config_dict.placeholder(int)
   config.verification = True
   config.average_scores = False
@@ -305,7 +310,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _number(config, 'spread', 0, 1)
   for name in ('overwrite_within', 'trace_unit', 'fails_at', 'back_at'):
     _number(config, name, 0, _LARGEST, optional=True)
-  for name in ('straggler', 'clip_norm'):
+  for name in ('straggler', 'clip_norm', 'replay_step'):
     _number(config, name, 0, _LARGEST, optional=True)
   for name in ('epochs', 'evaluate_epochs'):
     _number(config, name, 0, _LARGEST, optional=True)
@@ -493,8 +498,9 @@ def _between(config):
     )
   if config.epochs is None:  # Else it is not known how long the run is.
     check_lengths(config)
-  if config.clip_norm == 0:
-    raise ValueError('clip_norm must be positive, got 0')
+  for name in ('clip_norm', 'replay_step'):
+    if config[name] == 0:
+      raise ValueError(f'{name} must be positive, got 0')
   if config.stored_gradients and config.revisit:
     raise ValueError(
       'stored_gradients computes nothing, so revisit must be 0 with it, got '

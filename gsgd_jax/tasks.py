@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from gsgd_jax import accumulation, augmentation, data, models
+from gsgd_jax import accumulation, augmentation, data, losses, models
 
 _DENSE = ('mlp', 'softmax_regression')
 # Examples of a split that are measured, where a config does not say.
@@ -28,12 +28,15 @@ class Task(NamedTuple):
     measure: ``measure(params, splits)``: the losses and accuracies of a
       (train, validation or None, test), each of JAX arrays.
     keyed: Whether batches need keys.
+    accuracy: ``accuracy(params, train, split, count=None)``: of a split alone,
+      or of its first ``count`` examples, where a table is filled up.
   """
 
   model: models.Model
   loss_fn: Callable[[Any, data.Examples], jax.Array]
   measure: Callable[[Any, Any], dict[str, jax.Array]]
   keyed: bool
+  accuracy: Callable[..., jax.Array]
 
 
 def make(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
@@ -45,11 +48,13 @@ def make(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
   _check_meaning(config)
   model = make_model(config, dataset)
   prepare = _preparation(config, dataset)
+  measure, accuracy = _measure(config, dataset, model, prepare)
   return Task(
     model,
     accumulation.in_pieces(_loss(model, prepare), config.accumulate),
-    _measure(config, dataset, model, prepare),
-    keyed=model.needs_keys or config.augmentation is not None,
+    measure,
+    model.needs_keys or config.augmentation is not None,
+    accuracy,
   )
 
 
@@ -135,7 +140,7 @@ def _preparation(config, dataset):
 
 
 def _measure(config, dataset, model, prepare):
-  """A function of parameters and the splits' arrays."""
+  """`measure` and `accuracy` of a task."""
   # Tables are small; images and text may not fit into memory as activations.
   small = config.model in _DENSE and dataset.scale is None
   most = config.measured
@@ -143,6 +148,7 @@ def _measure(config, dataset, model, prepare):
     most = _MOST_TEXT if config.model == 'gpt' else _MOST_IMAGES
   loss_fn = models.evaluation_loss(model, prepare)
   accuracy_fn = models.accuracy(model, prepare)
+  correct = losses.correctness(model, prepare)
 
   def of_split(params, split):
     """Loss and accuracy of examples from all over it, block by block."""
@@ -170,22 +176,32 @@ def _measure(config, dataset, model, prepare):
       of_rows(_BLOCK * blocks, rest),
     )
 
+  def calibrated(params, train):
+    if model.calibrate is None:
+      return params
+    count = min(_CALIBRATION, dataset.count(train))
+    rows = dataset.rows_in_order(train, jnp.arange(count, dtype=jnp.int32))
+    inputs = prepare(dataset.take(train, rows).inputs, None)
+    return model.calibrate(params, inputs)
+
+  def accuracy(params, train, split, count=None):
+    params = calibrated(params, train)
+    if count is None:
+      return of_split(params, split)[1]
+    there = jnp.arange(dataset.count(split), dtype=jnp.int32) < count
+    return jnp.sum(correct(params, split) & there) / count
+
   def measure(params, splits):
-    train = splits[0]
-    if model.calibrate is not None:
-      count = min(_CALIBRATION, dataset.count(train))
-      rows = dataset.rows_in_order(train, jnp.arange(count, dtype=jnp.int32))
-      inputs = prepare(dataset.take(train, rows).inputs, None)
-      params = model.calibrate(params, inputs)
+    params = calibrated(params, splits[0])
     measured = {}
     names = ('train', 'validation', 'test')
     for name, split in zip(names, splits, strict=True):
       if split is None:
-        loss = accuracy = jnp.asarray(jnp.nan)
+        loss = share = jnp.asarray(jnp.nan)
       else:
-        loss, accuracy = of_split(params, split)
+        loss, share = of_split(params, split)
       measured[f'{name}_loss'] = loss
-      measured[f'{name}_accuracy'] = accuracy
+      measured[f'{name}_accuracy'] = share
     return measured
 
-  return measure
+  return measure, accuracy

@@ -63,13 +63,19 @@ def batch_like_of(
 
 
 def learning_rate(
-  config: ml_collections.ConfigDict, method: events.Method | None = None
+  config: ml_collections.ConfigDict,
+  method: events.Method | None = None,
+  rate: Any = None,
 ) -> float | Callable[[Any], Any] | None:
-  """The learning rate of a method, or the schedule of it, over arrivals."""
-  rate = config.learning_rate
-  if method is not None and method.compensation is not None:
-    arguments = compensations.arguments_of(config, method.compensation)
-    rate = arguments.get('learning_rate', rate)
+  """The learning rate of a method, or the schedule of it, over arrivals.
+
+  ``rate`` is put in place of what the config says; it may be traced.
+  """
+  if rate is None:
+    rate = config.learning_rate
+    if method is not None and method.compensation is not None:
+      arguments = compensations.arguments_of(config, method.compensation)
+      rate = arguments.get('learning_rate', rate)
   if rate is None:
     if config.schedule != 'constant' or config.warmup or config.drops:
       raise ValueError('a schedule, a warm-up and drops need a learning_rate')
@@ -91,11 +97,12 @@ def make_optimizer(
   loss_fn: Callable,
   method: events.Method | None = None,
   stages: Any = None,
+  rate: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The server's optimizer, which every method shares, at a method's rate."""
   tx = optimizers.make(
     config.optimizer,
-    learning_rate(config, method),
+    learning_rate(config, method, rate),
     _plain(config.optimizer_kwargs),
     stages,
   )
@@ -152,14 +159,16 @@ def make_transformation(
   batch_like: Any,
   seed: Any = 0,
   stages: Any = None,
+  rate: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of a method: any optimizer, guided or not, delayed.
 
-  ``stages`` are the model's, for delays by depth and for Muon.
+  ``stages`` are the model's, for delays by depth and for Muon; ``rate`` is as
+  in `learning_rate`.
   """
   inside = arriving(config, method, batch_like)
   parts = compensation_of(config, method, loss_fn, inside, stages)
-  tx = _server(config, method, parts, loss_fn, inside, seed, stages)
+  tx = _server(config, method, parts, loss_fn, inside, seed, stages, rate)
   if by_depth(config, method):
     return _pipelined(config, tx, parts, stages)
   return _emulated(config, method, tx, parts, batch_like, seed)
@@ -241,9 +250,9 @@ def parallel_kind(
   return 'data_parallel' if split else name
 
 
-def _server(config, method, parts, loss_fn, inside, seed, stages):
+def _server(config, method, parts, loss_fn, inside, seed, stages, rate=None):
   """What is done with an arriving gradient, whose batch is like `inside`."""
-  tx = _compensated(config, method, parts, loss_fn, stages)
+  tx = _compensated(config, method, parts, loss_fn, stages, rate)
   if method.select is not None:
     tx = guided(
       tx,
@@ -253,7 +262,7 @@ def _server(config, method, parts, loss_fn, inside, seed, stages):
       revisit=0 if config.stored_gradients else config.revisit,
       select=method.select,
       average_scores=config.average_scores,
-      replay_with=_replay_with(config, method, parts),
+      replay_with=_replay_with(config, method, parts, rate),
       replay_model=config.replay_model,
       batch_like=_joined_batch(inside, parts.joined),
       seed=seed,
@@ -330,13 +339,13 @@ def _stale_workers(config, method, delay):
   return 1
 
 
-def _compensated(config, method, parts, loss_fn, stages):
+def _compensated(config, method, parts, loss_fn, stages, rate):
   """The server's optimizer, with what a compensation puts around it."""
   if parts.optimizer is None:
-    tx = make_optimizer(config, loss_fn, method, stages)
+    tx = make_optimizer(config, loss_fn, method, stages, rate)
   else:
     tx = compensations.optimizer_of(
-      parts, method.compensation, learning_rate(config, method)
+      parts, method.compensation, learning_rate(config, method, rate)
     )
   if parts.prediction is not None:
     tx = parts.prediction(tx)
@@ -374,18 +383,31 @@ def _worker_transform(config, parts):
   return _chained(*_clipping(config), *_decay(config), parts.worker_transform)
 
 
-def _replay_with(config, method, parts):
-  """What applies replays that are to enter no worker's momentum."""
-  if parts.replay_weight is None:
+def _replay_with(config, method, parts, rate):
+  """What applies replays, where it is not what applies gradients."""
+  step = config.replay_step
+  if step is None and not parts.per_worker:
     return None
+  weight = (1.0 if step is None else step) * _weight(config, parts)
   tx = optimizers.driven(
-    lambda rate: optax.sgd(rate * parts.replay_weight),
-    learning_rate(config, method),
+    lambda rate: optax.sgd(rate * weight),
+    learning_rate(config, method, rate),
     'guided SGD',
   )
   if config.stored_gradients and parts.worker_transform is not None:
     return tx  # Its worker has clipped it.
   return _chained(*_clipping(config), *_decay(config), tx)
+
+
+def _weight(config, parts):
+  """What a gradient weighs in the end, over the learning rate."""
+  if parts.weight is not None:
+    return parts.weight
+  momentum = 0.0
+  if config.optimizer in ('sgd', 'momentum', 'nesterov'):
+    default = 0.0 if config.optimizer == 'sgd' else 0.9
+    momentum = config.optimizer_kwargs.get('momentum', default) or 0.0
+  return 1 / (1 - momentum)
 
 
 def _emulated(config, method, tx, parts, batch_like, seed):

@@ -49,6 +49,7 @@ OPTIONAL_SHARES = ['warmup_start']
 NUMBERS = ['cv', 'machine_cv', 'sync_cost', 'weight_decay', 'warmup_epochs']
 OPTIONAL_NUMBERS = ['learning_rate', 'overwrite_within', 'trace_unit']
 OPTIONAL_NUMBERS += ['straggler', 'fails_at', 'back_at', 'clip_norm']
+OPTIONAL_NUMBERS += ['replay_step']
 OPTIONAL_NUMBERS += ['epochs', 'evaluate_epochs', 'checkpoint_minutes']
 SEQUENCES = ['hidden', 'methods', 'speeds', 'drops', 'drop_epochs']
 DICTS = ['optimizer_kwargs', 'schedule_kwargs', 'compensation_kwargs']
@@ -324,6 +325,7 @@ BETWEEN = {
     'drop_epochs must ascend, got (5, 2.5)',
   ),
   'clip_norm': (dict(clip_norm=0.0), 'clip_norm must be positive, got 0'),
+  'replay_step': (dict(replay_step=0.0), 'replay_step must be positive, got 0'),
   'stored gradients': (
     dict(stored_gradients=True, revisit=2),
     'stored_gradients computes nothing, so revisit must be 0 with it, got 2',
