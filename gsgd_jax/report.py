@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import scipy.stats
 
 from gsgd_jax import __version__, events, settings, transformation
 from gsgd_jax.parallel import make_mesh
+from gsgd_jax.statistics import Interval as Interval
+from gsgd_jax.statistics import interval as interval
 
 _PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'scikit-learn')
-_LEVEL = 0.95
 _FLOOR = 1e-4  # Of losses on a logarithmic axis, where zero has no place.
 # Okabe and Ito's colours, told apart by everyone.
-_COLOURS = ('#000000', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
+COLOURS = ('#000000', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
 # The first round of colours, and those of later rounds.
 _DASHES = ('-', '--', '-', '--', '-.', ':')
 _MORE_DASHES = ((0, (3, 1, 1, 1, 1, 1)), (0, (10, 3)), (0, (1, 1)))
@@ -32,43 +32,6 @@ _GUIDING = {
   'inconsistent': 'Replays of the inconsistent batches change',
   'surprise': 'Replays of the surprising batches change',
 }
-
-
-class Interval(NamedTuple):
-  """A mean over seeds and the half-width of its 95 % confidence interval."""
-
-  mean: float
-  half_width: float | None  # None with one seed.
-
-  def __str__(self) -> str:
-    mean = f'{round(self.mean, 2) + 0.0:.2f}'  # Not -0.00.
-    if self.half_width is None:
-      return mean
-    return f'{mean} ± {self.half_width:.2f}'
-
-
-def interval(values: np.ndarray) -> Interval:
-  """Student's t interval of the mean of independent values.
-
-  Args:
-    values: One number a seed.
-
-  Returns:
-    An ``Interval``.
-
-  Examples:
-    >>> import numpy as np
-    >>> from gsgd_jax import report
-    >>> print(report.interval(np.array([1.0, 2.0, 3.0])))
-    2.00 ± 2.48
-  """
-  values = np.asarray(values, np.float64)
-  n = len(values)
-  if n < 2:
-    return Interval(float(values.mean()), None)
-  quantile = scipy.stats.t.ppf((1 + _LEVEL) / 2, n - 1)
-  half_width = quantile * values.std(ddof=1) / n**0.5
-  return Interval(float(values.mean()), float(half_width))
 
 
 class Chosen(NamedTuple):
@@ -145,7 +108,7 @@ def table(histories: dict[str, events.History], losses: bool = False) -> str:
       row.append(str(interval(history.test_loss[-1])) if shown else '-')
     if baseline is not None:
       difference = _difference(histories, name, baseline)
-      row.append('' if difference is None else _signed(difference))
+      row.append('' if difference is None else signed(difference))
     if len(history.step):
       spent = history.gradient_evaluations[-1].mean()
       last = chosen(history, 'last')
@@ -196,7 +159,8 @@ def _difference(histories, name, other):
   return interval(ours - theirs)
 
 
-def _signed(difference):
+def signed(difference: Interval) -> str:
+  """A difference, with its sign."""
   shown = str(difference)
   return shown if shown.startswith('-') else f'+{shown}'
 
@@ -213,7 +177,7 @@ def sentences(
   def compare(method, other, text):
     difference = _difference(histories, named.get(method), named.get(other))
     if difference is not None:
-      said.append(text.format(_signed(difference)) + _verdict(difference) + '.')
+      said.append(text.format(signed(difference)) + _verdict(difference) + '.')
 
   costs = _costs(config, histories)
   for parallel in events.PARALLEL:
@@ -382,7 +346,7 @@ def draw(
   Of text the test loss is what accuracy is of other data.
   """
   text = config.model == 'gpt'
-  plt = _pyplot()
+  plt = pyplot()
   figure, axes = plt.subplots(
     2, 2, figsize=(11, 7.6), layout='constrained', sharey='row'
   )
@@ -402,19 +366,19 @@ def draw(
   for history, style in _styled(histories):
     tested = history.test_loss if text else 100 * history.test_accuracy
     loss = history.train_loss
-    _band(by_updates, history.step, tested, style)
-    _band(loss_by_updates, history.step, loss, style)
+    band(by_updates, history.step, tested, style)
+    band(loss_by_updates, history.step, loss, style)
     time = history.simulated_time.mean(axis=1)
     begun = time > 0  # Zero has no place on a logarithmic axis.
     if begun.any():
-      _band(by_time, time[begun], tested[begun], style)
-      _band(loss_by_time, time[begun], loss[begun], style)
+      band(by_time, time[begun], tested[begun], style)
+      band(loss_by_time, time[begun], loss[begun], style)
     first.append(loss[0].mean())
   if first:
     bottom, top = loss_by_updates.get_ylim()
     loss_by_updates.set_ylim(bottom, min(top, _HIGHEST * max(first)))
   _legend(figure, by_updates, 'upper right' if text else 'lower right')
-  _save(figure, axes.flat, _title(config, histories), path)
+  save(figure, axes.flat, _title(config, histories), path)
 
 
 def has_workers(history: events.History) -> bool:
@@ -429,7 +393,7 @@ def draw_staleness(
   histories: dict[str, events.History],
 ) -> None:
   """How stale the applied gradients were, and which workers they were of."""
-  plt = _pyplot()
+  plt = pyplot()
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
   left, right = axes
   left.set(xlabel='staleness, updates', ylabel='share of the gradients, %')
@@ -456,7 +420,7 @@ def draw_staleness(
   right.set_ylim(0, max(2, right.get_ylim()[1]))
   _legend(figure, right, 'upper left')
   seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
-  _save(figure, axes, f'{_setting(config, histories)}: {seeds}', path)
+  save(figure, axes, f'{_setting(config, histories)}: {seeds}', path)
 
 
 def _arrivals(histories):
@@ -480,17 +444,19 @@ def _arrivals(histories):
   return lines
 
 
-def _pyplot():
+def pyplot():
+  """Matplotlib, loaded where it is needed, without a screen."""
   import matplotlib
 
   matplotlib.use('agg')
-  from matplotlib import pyplot
+  from matplotlib import pyplot as plt
 
-  return pyplot
+  return plt
 
 
-def _dashes(i):
-  rounds, position = divmod(i, len(_COLOURS))
+def dashes(i: int):
+  """How the line of the i-th method is broken, as it comes with `COLOURS`."""
+  rounds, position = divmod(i, len(COLOURS))
   if rounds == 0:
     return _DASHES[position]
   return _MORE_DASHES[(rounds - 1) % len(_MORE_DASHES)]
@@ -514,16 +480,15 @@ def _styled(histories):
       yield (
         history,
         dict(
-          color=_COLOURS[i % len(_COLOURS)],
-          linestyle=_dashes(i),
+          color=COLOURS[i % len(COLOURS)],
+          linestyle=dashes(i),
           label=_in_legend(history),
         ),
       )
 
 
-def _save(figure, axes, title, path):
-  from matplotlib import pyplot
-
+def save(figure, axes, title: str, path: pathlib.Path) -> None:
+  """Writes a figure, all axes of which look alike."""
   for axis in axes:
     axis.grid(alpha=0.25)
     axis.spines[['top', 'right']].set_visible(False)
@@ -532,7 +497,7 @@ def _save(figure, axes, title, path):
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # A character that the font lacks.
     figure.savefig(path, dpi=130)
-  pyplot.close(figure)
+  pyplot().close(figure)
 
 
 def _in_legend(history):
@@ -581,7 +546,7 @@ def _title(config, histories):
   return f'{setting}: mean of {config.seeds} seeds, 95 % interval'
 
 
-def _band(axes, updates, values, style):
+def band(axes, x, values, style) -> None:
   """Mean and interval; on a logarithmic axis, of the logarithms."""
   logarithmic = axes.get_yscale() == 'log'
   if logarithmic:
@@ -591,9 +556,9 @@ def _band(axes, updates, values, style):
   half = np.array([i.half_width or 0.0 for i in intervals])
   # What is not a loss is an accuracy, and ends at 0 and 100.
   shape = np.exp if logarithmic else lambda x: np.clip(x, 0, 100)
-  axes.plot(updates, shape(mean), **style)
+  axes.plot(x, shape(mean), **style)
   axes.fill_between(
-    updates,
+    x,
     shape(mean - half),
     shape(mean + half),
     color=style['color'],

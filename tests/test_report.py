@@ -42,8 +42,8 @@ def test_interval_is_students():
   np.testing.assert_allclose(measured.half_width, 4.30265 / 3**0.5, rtol=1e-5)
   assert report.interval(np.array([5.0])) == (5.0, None)
   assert str(report.Interval(-1e-3, 0.5)) == '0.00 ± 0.50'
-  assert report._signed(report.Interval(-1e-3, None)) == '+0.00'
-  assert report._signed(report.Interval(-0.01, None)) == '-0.01'
+  assert report.signed(report.Interval(-1e-3, None)) == '+0.00'
+  assert report.signed(report.Interval(-0.01, None)) == '-0.01'
 
 
 FOUR = {
