@@ -151,6 +151,8 @@ def main(argv):
       return
     config = _CONFIG.value
     hasattr(config, 'to_dict')  # Raises where the file could not be loaded.
+    if 'axes' in config:
+      _study(config, application, files)
     settings.check(config)
     if config.distributed:
       if not hosts.is_watched():
@@ -178,6 +180,24 @@ def main(argv):
     os._exit(code)  # An ordinary exit may crash on what XLA still runs.
 
 
+def _study(config, application, files):
+  """Computes a study, and leaves."""
+  from gsgd_jax import studying
+
+  found = studying.check(config)
+  workdir = _folder(files)
+  if (workdir / 'metrics.jsonl').exists():
+    raise ValueError(f'{workdir} holds a run; give another --workdir')
+  _take(workdir, files)
+  application.say(f'writing to {workdir}')
+  try:
+    code = studying.run(config, found, workdir)
+  except OSError as e:
+    reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
+    _fail(f'cannot go on: {reason}', code=1)
+  os._exit(code)
+
+
 def _evaluate(application, evaluation, files):
   """Measures a run's checkpoints, prints it and writes it down."""
   if not _WORKDIR.value:
@@ -198,6 +218,17 @@ def _evaluate(application, evaluation, files):
 
 
 def _make_workdir(config, experiment, files, resuming):
+  workdir = _folder(files)
+  if _WORKDIR.value is None:
+    return workdir
+  if files.of_a_run(workdir) is not None:
+    resuming.check(experiment.resolved(config), workdir)
+  _take(workdir, files)
+  return workdir
+
+
+def _folder(files):
+  """The folder of the run; a fresh one where none is given."""
   if _WORKDIR.value is None:
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     config_file = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -205,14 +236,15 @@ def _make_workdir(config, experiment, files, resuming):
     return files.fresh_folder(pathlib.Path('runs'), name, now)
   if not _WORKDIR.value:
     raise ValueError('workdir must name a folder, got an empty name')
-  workdir = pathlib.Path(_WORKDIR.value)
-  if files.of_a_run(workdir) is not None:
-    resuming.check(experiment.resolved(config), workdir)
+  return pathlib.Path(_WORKDIR.value)
+
+
+def _take(workdir, files):
+  """Makes a folder, for this process alone."""
   workdir.mkdir(parents=True, exist_ok=True)
   if not os.access(workdir, os.W_OK | os.X_OK):
     raise ValueError(f'{workdir} cannot be written to')
   files.lock(workdir)
-  return workdir
 
 
 def _parse(argv):

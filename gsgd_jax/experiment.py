@@ -37,10 +37,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   named = events.methods(config)
   compensations.check_used(config)
   config = resolved(config)
-  for method in named:
-    _check_guidance(config, method)
   dataset = _load(config, 0)
-  _check_batches(config, dataset)
+  check_sizes(config, dataset)
   if config.distributed:
     hosts.check_same_data(dataset)
   for seed in range(1, config.seeds):
@@ -91,6 +89,20 @@ def check(config: ml_collections.ConfigDict) -> None:
     state = jax.eval_shape(init, params)
     _check_memory(config, method, state, params, room, mesh)
     _check_trace(config, method)
+
+
+def check_sizes(
+  config: ml_collections.ConfigDict, dataset: data.Dataset
+) -> None:
+  """Raises a ValueError where a window or a batch is too large, or idle.
+
+  Args:
+    config: A config whose lengths are `resolved`.
+    dataset: Its data.
+  """
+  for method in events.methods(config):
+    _check_guidance(config, method)
+  _check_batches(config, dataset)
 
 
 def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
