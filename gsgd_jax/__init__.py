@@ -36,6 +36,7 @@ from gsgd_jax.momenta import (
   spike_compensation,
 )
 from gsgd_jax.predictors import dana, predict, smega2
+from gsgd_jax.presets import guided_sgd
 from gsgd_jax.rounds import data_parallel, synchronous
 from gsgd_jax.staleness import asynchronous, delayed
 from gsgd_jax.traces import Trace, read_trace, recorded_arrivals
@@ -61,6 +62,7 @@ __all__ = [
   'fixed_speeds',
   'gamma_arrivals',
   'guided',
+  'guided_sgd',
   'parallel',
   'predict',
   'read_trace',
