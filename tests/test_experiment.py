@@ -26,6 +26,7 @@ from gsgd_jax import (
   programs,
   report,
   settings,
+  studying,
   tasks,
   training,
 )
@@ -566,8 +567,9 @@ def test_initial_params_are_those_of_the_seed():
   )
 
 
-def test_configs_say_how_they_are_run(digits_dir, tmp_path):
+def test_configs_say_how_they_are_run(digits_dir, monkeypatch):
   """Sets that are not there are made up; text is the README."""
+  monkeypatch.syspath_prepend(CONFIGS.parent)  # As `train.py` has it.
   needs = {
     'digits_cnn': dict(data_dir=str(digits_dir)),
     'gpt': dict(dataset=str(CONFIGS.parent / 'README.md')),
@@ -578,7 +580,14 @@ def test_configs_say_how_they_are_run(digits_dir, tmp_path):
     with contextlib.ExitStack() as stack:
       if made_up:
         stack.enter_context(tfds.testing.mock_data(num_examples=400))
-      experiment.check(config)
+      if 'axes' not in config:
+        experiment.check(config)
+      else:
+        if 'workers' in config.axes:  # With any number methods are the same.
+          config.only = f'workers={[*config.axes.workers][-1]}'
+        cells = studying.check(config)
+        found = {cell.values['method'] for cell in cells}
+        assert found == {*config.axes.method}
     assert 'python train.py' in path.read_text()
   paper = load_config('breast_cancer')
   assert (paper.workers, paper.batch_size) == (10, 4)
