@@ -127,6 +127,26 @@ TRANSFORMATIONS = {
 }
 
 
+class Straggling:
+  """`batch_of`, where one batch comes only after many later ones were drawn.
+
+  So whoever waits for it is late, however busy the machine is.
+  """
+
+  def __init__(self, late=8, until=40):
+    self._late, self._until = late, until
+    self._drawn = threading.Condition()
+    self._latest = -1
+
+  def __call__(self, number):
+    with self._drawn:
+      self._latest = max(self._latest, number)
+      self._drawn.notify_all()
+      if number == self._late:
+        self._drawn.wait_for(lambda: self._latest >= self._until, timeout=60)
+    return batch_of(number)
+
+
 def serve(tx, workers=WORKERS, updates=UPDATES, batch_of=batch_of):
   return example.serve(
     tx, loss_fn, begin(), batch_of, workers, updates, pause=PAUSE
@@ -147,7 +167,7 @@ def test_the_emulator_repeats_the_server(name):
   if name == 'adam':  # Of optax, which is not that strict. Threads see this.
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
   tx = gsgd_jax.record_staleness(TRANSFORMATIONS[name]())
-  server = serve(tx)
+  server = serve(tx, batch_of=Straggling())
   arrivals = gsgd_jax.recorded_arrivals(*zip(*server.trace, strict=True))
   assert arrivals.length == UPDATES
   params, state = emulate(tx, arrivals)
