@@ -230,16 +230,17 @@ class Sweep:
 
     Returns:
       A `Result`.
-
     """
     asked = len(lanes)
     lanes = [*lanes, *[lanes[-1]] * (self._lanes - asked)]
     datasets = [self._filled(_Same(lane.dataset)) for lane in lanes]
     stacked = data.stacked(datasets)
-    counts = [
-      _counts([getattr(x.dataset, split) for x in lanes])
-      for split in ('validation', 'test')
-    ]
+    counts = [None, None]
+    if self._shape is not None:
+      counts = [
+        _counts([getattr(x.dataset, split) for x in lanes])
+        for split in ('validation', 'test')
+      ]
     own = data.axes(datasets)
     programs_ = self._programs(str(own), own)
     rates = jnp.array([lane.learning_rate for lane in lanes], jnp.float32)
@@ -386,8 +387,8 @@ def _of_budget(kept, i):
 
 
 def _counts(splits):
-  """Examples of each; None of what is no table."""
-  if any(not isinstance(s, data.Examples) for s in splits):
+  """Examples of each, of tables; None where there are no such splits."""
+  if splits[0] is None:
     return None
   return np.array([len(s.labels) for s in splits], np.int32)
 

@@ -5,6 +5,7 @@ import pytest
 
 from gsgd_jax import (
   application,
+  data,
   events,
   experiment,
   outcomes,
@@ -254,3 +255,27 @@ def test_a_sweep_has_no_dropout():
     sweeps.Sweep(
       cell.config, cell.method, [study.load(cell.config, 0)], cell.budgets, 2, 4
     )
+
+
+def test_large_images_are_measured_as_elsewhere():
+  """Some of them, in blocks; only tables are filled up."""
+  config = study_of({'sequential': {'method': 'sequential'}}, dataset='digits')
+  config.model, config.measured, config.evaluate_every = 'cnn_small', 10, 4
+  config.updates, config.budgets = 4, ('updates',)
+  (cell,) = study.cells(config)
+  digits = study.load(cell.config, 0)
+
+  def image(split):
+    pixels = np.clip(32 * split.inputs + 128, 0, 255).astype(np.uint8)
+    return data.Examples(pixels.reshape(-1, 8, 8, 1), split.labels)
+
+  images = digits._replace(
+    train=image(digits.train),
+    validation=image(digits.validation),
+    test=image(digits.test),
+    scale=(np.float32([0.5]), np.float32([0.2])),
+  )
+  sweep = sweeps.Sweep(cell.config, cell.method, [images], cell.budgets, 1, 4)
+  lane = sweeps.Lane(images, 0, 0.1)
+  found = sweep.run([lane], cell.budgets, 4).test_accuracy
+  np.testing.assert_allclose(10 * found, np.round(10 * found), atol=1e-5)
