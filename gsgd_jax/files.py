@@ -184,14 +184,16 @@ def keep_lines(path: pathlib.Path, kept: dict[str, int]) -> dict | None:
   return last
 
 
-def whole_lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-  """The lines of such a file, and what they say; none that is torn."""
+def whole_lines(
+  path: pathlib.Path, named: str = 'method'
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """The lines of such a file, each `named`, and what they say; none torn."""
   for line in path.read_bytes().splitlines(keepends=True):
     try:
       said = json.loads(line)
     except ValueError:
       continue
-    if line.endswith(b'\n') and isinstance(said, dict) and 'method' in said:
+    if line.endswith(b'\n') and isinstance(said, dict) and named in said:
       yield line, said
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -242,8 +243,8 @@ def _table(found):
     first, second = square.entries[:2]
     accuracy = statistics.interval(first.test_accuracy)
     cells = [_named(first), f'{accuracy} ({len(first.test_accuracy)})']
-    cells += [_named(second), _told(square.margin)]
-    cells += [_told(square.against_random)] if controls else []
+    cells += [_named(second), told(square.margin)]
+    cells += [told(square.against_random)] if controls else []
     rows.append([*map(square.value, axes), *cells])
   yield Table(rows)
   said = (
@@ -269,11 +270,17 @@ def _named(entry):
   return f'{entry.family}\n{entry.outcome.label}, {rate}'
 
 
-def _told(compared):
+def told(compared: Any, number: str = '') -> str:
+  """What a comparison has shown, for a table; nothing where there is none.
+
+  Args:
+    compared: With ``found``, ``adjusted`` and ``shown``; or None.
+    number: Of what it was over, in brackets.
+  """
   if compared is None:
     return _NOTHING
   star = ' *' if compared.shown else ''
-  first = f'{report.signed(compared.found.difference)}{star}'
+  first = f'{report.signed(compared.found.difference)}{number}{star}'
   if np.isnan(compared.found.p):
     return first
   p, adjusted = map(statistics.shown_p, (compared.found.p, compared.adjusted))

@@ -468,14 +468,7 @@ def _told(label, against, row):
 
 
 def _compared(c):
-  if c is None:
-    return _NOTHING
-  star = ' *' if c.shown else ''
-  first = f'{report.signed(c.found.difference)} ({c.n}){star}'
-  if np.isnan(c.found.p):
-    return first
-  p, adjusted = map(statistics.shown_p, (c.found.p, c.adjusted))
-  return f'{first}\np {p}, adjusted {adjusted}'
+  return study_map_report.told(c, '' if c is None else f' ({c.n})')
 
 
 def _good_rates(context, budget, names):

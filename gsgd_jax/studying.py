@@ -1,6 +1,5 @@
 """A study run from the command line: its files, its progress, its report."""
 
-import json
 import os
 import pathlib
 import signal
@@ -198,15 +197,7 @@ def finished(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
   path = workdir / _CELLS
   if not path.exists():
     return {}
-  lines = {}
-  for line in path.read_bytes().splitlines(keepends=True):
-    try:
-      said = json.loads(line)
-    except ValueError:
-      continue
-    if line.endswith(b'\n') and isinstance(said, dict) and 'cell' in said:
-      lines[said['cell']] = said
-  return lines
+  return {said['cell']: said for _, said in files.whole_lines(path, 'cell')}
 
 
 def mend(workdir: pathlib.Path) -> None:
