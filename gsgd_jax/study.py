@@ -1,11 +1,12 @@
-"""Studies: the product of some axes, each cell tuned, then measured once.
+"""Studies: the product of some axes, each cell tuned, then measured.
 
 A study's config is that of an experiment, with `axes`: each has values by name,
 and each value changes some settings. The product of all axes are the *cells*,
 one method each. A cell's learning rate is chosen on validation data, with seeds
-of the tuning alone; then test accuracy is measured once, with other seeds (and
-so other splits). Cells that are alike but for a learning rate, a seed or the
-rows of a table share a compiled program; see `sweeps`.
+of the tuning alone; then test accuracy is measured at the chosen rates, with
+other seeds (and so other splits of the same data). Cells that are alike but for
+a learning rate, a seed or the rows of a table share a compiled program; see
+`sweeps`.
 
 | file          | holds                                                       |
 |---------------|-------------------------------------------------------------|
@@ -56,7 +57,7 @@ _OF_DATA = (
   'validation_share',
   'label_noise',
 )
-_OF_CALLS = ('learning_rate', 'learning_rates', 'seeds', 'evaluate_every')
+_OF_CALLS = ('learning_rate', 'seeds', 'evaluate_every')
 _LENGTHS = ('updates', 'epochs', 'evaluate_epochs', 'time')
 # Settings that mean nothing to a worker alone.
 _OF_CLUSTERS = (
@@ -131,9 +132,9 @@ def default_config() -> ml_collections.ConfigDict:
   config = settings.default_config()
   config.title = 'A study'
   config.description = ''
-  # Axis -> value's name -> its settings; one of them, of some axis, is
-  # `method`, PARALLEL[+COMPENSATION][+GUIDANCE]. A number may be given as
-  # 'workers / 4' or 'workers * 2'.
+  # Axis -> value's name -> its settings. Each value of the axis `method` has a
+  # `method`, PARALLEL[+COMPENSATION][+GUIDANCE], among them. A number may be
+  # given as 'workers / 4' or 'workers * 2'.
   # (As they are written: a ConfigDict would sort them, and refuse dots.)
   config.axes = ml_collections.ConfigDict(convert_dict=False, sort_keys=False)
   # Data sets side by side, an axis of their own, with commas between them; none
