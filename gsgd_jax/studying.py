@@ -58,6 +58,7 @@ def _check_own(config):
       + settings.nearest(unknown[0], study.default_config())
     )
   for name, least in (
+    ('first_seed', 0),
     ('tuning_seeds', int(config.tune)),
     ('seeds', 1),
     ('lanes', 1),
