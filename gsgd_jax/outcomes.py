@@ -287,12 +287,24 @@ def aligned(*found: Outcome | None) -> list[np.ndarray] | None:
   Returns:
     An array for each, or None where one is missing or no seed is common.
   """
+  seeds = common(*found)
+  if not seeds:
+    return None
+  by_seed = [dict(zip(*measured(o), strict=True)) for o in found]
+  return [np.array([values[seed] for seed in seeds]) for values in by_seed]
+
+
+def common(*found: Outcome | None) -> list[int]:
+  """The seeds that all outcomes have a number for, in order.
+
+  Args:
+    found: Outcomes, or None for what was not measured.
+
+  Returns:
+    Seeds; none where an outcome is missing.
+  """
   if any(outcome is None for outcome in found):
-    return None
-  by_seed = [
-    dict(zip(*map(np.ndarray.tolist, measured(o)), strict=True)) for o in found
-  ]
-  common = sorted(set.intersection(*map(set, by_seed)))
-  if not common:
-    return None
-  return [np.array([values[seed] for seed in common]) for values in by_seed]
+    return []
+  return sorted(
+    set.intersection(*(set(measured(o)[0].tolist()) for o in found))
+  )
