@@ -516,21 +516,16 @@ def _computed(sweep, cell):
   start = transformation.learning_rate(config, cell.method)
   if callable(start) or start is None:
     start = config.learning_rate
-  tried, chosen = {}, dict.fromkeys(range(len(cell.budgets)), 0)
-  if config.tune:
-
-    def measure(steps):
-      return _validated(sweep, cell, start, steps)
-
-    at_once = max(1, config.lanes // config.tuning_seeds)
-    tried = tuning.search(measure, at_once)
-    chosen = {b: tuning.best(tried, b) for b in chosen}
+  tried = _tried(sweep, cell, start) if config.tune else {}
+  chosen = [
+    tuning.best(tried, b) if config.tune else 0
+    for b in range(len(cell.budgets))
+  ]
   first = config.first_seed + config.tuning_seeds
   seeds = range(first, first + config.seeds)
   rate = lambda step: tuning.grid(start, step) if config.tune else float(start)
   measured = {
-    step: _run(sweep, cell, rate(step), seeds)
-    for step in sorted(set(chosen.values()))
+    step: _run(sweep, cell, rate(step), seeds) for step in sorted(set(chosen))
   }
   return {
     'cell': cell.key,
@@ -553,6 +548,16 @@ def _computed(sweep, cell):
       for step, results in measured.items()
     },
   }
+
+
+def _tried(sweep, cell, start):
+  """What the search for a cell's rate has measured."""
+
+  def measure(steps):
+    return _validated(sweep, cell, start, steps)
+
+  config = cell.config
+  return tuning.search(measure, max(1, config.lanes // config.tuning_seeds))
 
 
 def _validated(sweep, cell, start, steps):

@@ -128,7 +128,6 @@ def run(
   missing = list({c.key: c for c in found if c.key not in lines}.values())
   whole = len({c.key for c in found})
   files.write_json(workdir / 'config.json', _plain(config))
-  code = application.DONE
   if missing:
     said = 'going on: ' if lines else ''
     application.say(
@@ -136,6 +135,16 @@ def run(
     )
   progress = _Progress(whole, whole - len(missing), sys.stderr)
   mend(workdir)
+  code = _compute(config, missing, workdir, progress, lines)
+  _report(config, found, lines, workdir)
+  if code == application.INTERRUPTED:
+    application.warn(f'interrupted; --workdir={workdir} goes on')
+  return code
+
+
+def _compute(config, missing, workdir, progress, lines):
+  """Computes cells; each is written, and added to `lines`, when finished."""
+  code = application.DONE
   store = files.Lines(workdir / _CELLS, more=True)
   timing = files.Lines(workdir / _TIMING, more=True)
   try:
@@ -158,9 +167,6 @@ def run(
     progress.close()
     store.close()
     timing.close()
-  _report(config, found, lines, workdir)
-  if code == application.INTERRUPTED:
-    application.warn(f'interrupted; --workdir={workdir} goes on')
   return code
 
 
