@@ -403,9 +403,15 @@ class Watch:
   Args:
     config: The run's settings.
     stream: Where to show it.
+    bar: Whether there is a bar; None: where `stream` is a terminal.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, stream: TextIO):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    stream: TextIO,
+    bar: bool | None = None,
+  ):
     self._updates = config.updates
     self._methods = [m.name for m in events.methods(config)]
     self._total = config.updates * len(self._methods)
@@ -414,7 +420,7 @@ class Watch:
     self._accuracy = math.nan
     self._start = None  # Of the method: time and step of its first progress.
     self._bar = None
-    if stream.isatty():
+    if stream.isatty() if bar is None else bar:
       self._bar = tqdm.tqdm(
         total=self._total,
         file=stream,
