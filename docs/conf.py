@@ -38,6 +38,7 @@ napoleon_use_rtype = False
 nitpicky = True  # Every reference has to lead somewhere.
 
 html_theme = 'furo'
+pygments_style = 'default'  # Furo's own shows no difference in diffs.
 html_title = f'gsgd_jax {release}'
 html_show_sphinx = False
 html_copy_source = False
@@ -58,7 +59,9 @@ def _with_readme(app, docname, content):
   that section.
   """
   app.env.note_dependency(str(_ROOT / 'README.md'))
-  text = _readme() if docname == 'overview' else content[0]
+  text = content[0]
+  if docname == 'overview':
+    text = _readme().replace('# gsgd_jax', '# Overview', 1)
   text = re.sub('<!-- README: (.*?) -->', lambda m: _readme(m[1]), text)
   text = text.replace('](../README.md', '](overview.md')
   content[0] = text.replace(' ± ', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}')
