@@ -23,19 +23,17 @@ def page(name):
 
 def sphinx(source, built):
   """The command that `index.md` says, with other folders."""
+  for needed in ('sphinx', 'myst_parser', 'furo'):
+    pytest.importorskip(needed, reason="needs pip install 'gsgd_jax[docs]'")
+  command = ['sphinx', '-W', '--keep-going', '-q', '-c', DOCS, source, built]
   return subprocess.run(
-    [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', source, built],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
+    [sys.executable, '-m', *command], cwd=ROOT, capture_output=True, text=True
   )
 
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
   """The site's folder."""
-  for needed in ('sphinx', 'myst_parser', 'furo'):
-    pytest.importorskip(needed, reason="needs pip install 'gsgd_jax[docs]'")
   folder = tmp_path_factory.mktemp('docs')
   done = sphinx(DOCS, folder)
   assert (done.returncode, done.stderr) == (0, '')
@@ -60,6 +58,17 @@ def test_links_to_the_readme_lead_to_its_page(built):
   html = (built / 'choosing.html').read_text()
   assert 'href="overview.html#the-evidence"' in html
   assert 'in scan' in (built / 'cost.html').read_text()  # A table of its.
+
+
+def test_links_that_lead_nowhere_are_errors(tmp_path):
+  links = ('no_page.md', '#no-heading', '../no_file.py', 'index.md#no-anchor')
+  text = ''.join(f'[a link]({link})\n' for link in links)
+  pages = tmp_path / 'pages'
+  pages.mkdir()
+  (pages / 'index.md').write_text(f'# A page\n\n{text}')
+  done = sphinx(pages, tmp_path / 'built')
+  assert done.returncode == 1
+  assert done.stderr.count('[myst.xref_missing]') == len(links)
 
 
 def test_every_page_is_in_the_contents():
