@@ -190,7 +190,13 @@ def shown(cell: Cell) -> str:
 
 
 def cells(config: ml_collections.ConfigDict) -> list[Cell]:
-  """The cells of a study, in order; those that `only` names.
+  """The cells of a study, in order; those that ``only`` names.
+
+  Args:
+    config: The study's settings; see :func:`default_config`.
+
+  Returns:
+    A list of them, :class:`Cell`.
 
   Raises:
     ValueError: An axis, a value or a setting is wrong.
