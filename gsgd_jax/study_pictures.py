@@ -1,5 +1,6 @@
 """The pictures of a study: rankings, workers, learning rates, curves."""
 
+import itertools
 import pathlib
 
 import numpy as np
@@ -21,6 +22,7 @@ _REACH = 2.5
 _FAR_REACH = 8.0  # Where the plain method is to be seen.
 _LEAST = 2.0  # Points of accuracy on an axis.
 _WIDE = 10.0  # Ratio of the times of two methods.
+_BESIDE = 1.025  # Ratio of the workers of two lines, to see the bars of both.
 _SHADES = 256  # Colours in a file, which is then a third as long.
 
 
@@ -32,12 +34,27 @@ def lines(context: Context) -> list[str]:
 
   Returns:
     Labels, at most `MOST_LINES`: training without delay, the plain delayed
-    method, and those of the highest mean test accuracy at the main budget.
+    method, then in turn the best of each kind by the mean test accuracy at the
+    main budget: unguided, guided, synchronous, data-parallel, other replays.
   """
   first = [context.sequential(), context.plain()]
   labels = [label for label in first if label is not None]
-  labels += [label for label in ranked(context) if label not in labels]
+  kinds = {}
+  for label in ranked(context):
+    if label not in labels:
+      kinds.setdefault(_kind(context.method(label)), []).append(label)
+  turns = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+  labels += [label for turn in turns for label in turn if label is not None]
   return labels[:MOST_LINES]
+
+
+def _kind(method):
+  """What a method is compared as."""
+  if method.parallel in ('synchronous', 'data_parallel'):
+    return 2, method.parallel != 'synchronous'
+  if method.select in (None, 'consistent'):
+    return 0, method.select is not None
+  return 3, 0
 
 
 def ranked(context: Context) -> list[str]:
@@ -156,7 +173,8 @@ def draw_workers(path: pathlib.Path, group: list[Context]) -> None:
       if there:
         workers = [float(c.values['workers']) for c, _ in there]
         values = [outcomes.measured(outcome)[1] for _, outcome in there]
-        report.band(axes, workers, values, {**style, 'marker': 'o'})
+        beside = _BESIDE ** (list(styles).index(label) - len(styles) / 2)
+        _bars(axes, np.array(workers) * beside, values, style)
         drawn += [v.mean() for v in values]
     drawn_everywhere += drawn
     axes.set_title(BUDGETS.get(budget, budget), fontsize=10)
@@ -167,10 +185,18 @@ def draw_workers(path: pathlib.Path, group: list[Context]) -> None:
   _finish(figure, panels, 'test accuracy, %', title, path)
 
 
+def _bars(axes, x, values, style):
+  """Means with intervals, not one behind the other."""
+  found = [statistics.interval(v) for v in values]
+  half = [i.half_width or 0.0 for i in found]
+  means = [i.mean for i in found]
+  axes.errorbar(x, means, yerr=half, marker='o', elinewidth=0.8, **style)
+
+
 def _workers_axis(axes, labels):
   numbers = [float(label) for label in labels]
   axes.set_xscale('log', base=2)
-  axes.set_xlim(numbers[0] / 1.1, numbers[-1] * 1.1)
+  axes.set_xlim(numbers[0] / 1.2, numbers[-1] * 1.2)
   axes.set_xticks(numbers, labels)
   axes.minorticks_off()
   axes.set_xlabel('workers')

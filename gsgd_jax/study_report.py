@@ -344,7 +344,8 @@ def _of_group(group, compared, names):
     yield Heading(2, name)
     yield Picture(
       names.fresh('workers', name),
-      f'Test accuracy against the number of workers. {_lines(group[-1])}',
+      'Test accuracy against the number of workers. '
+      f'{_lines(group[-1], "Bars")}',
       functools.partial(study_pictures.draw_workers, group=group),
     )
     level = 3
@@ -361,17 +362,18 @@ def _of_group(group, compared, names):
       )
 
 
-def _lines(context):
+def _lines(context, what='Bands'):
   """What a picture with lines shows."""
-  bands = 'Bands are 95 % Student t intervals over seeds.'
+  bands = f'{what} are 95 % Student t intervals over seeds.'
   if len(context.table) <= study_pictures.MOST_LINES:
     return bands
   main = outcomes.main_budget(context.budgets())
   return (
     f'{bands} Of {len(context.table)} methods there are sequential training, '
-    'the plain delayed method, and those of the highest test accuracy at '
-    f'{BUDGETS.get(main, main)}, {study_pictures.MOST_LINES} in all; the '
-    'tables have every method.'
+    'the plain delayed method, and of every kind (unguided, guided, '
+    'synchronous, data-parallel, other replays) those of the highest test '
+    f'accuracy at {BUDGETS.get(main, main)}, {study_pictures.MOST_LINES} in '
+    'all; the tables have every method.'
   )
 
 

@@ -366,6 +366,35 @@ def test_lines_are_few_enough_to_be_told_apart(tmp_path):
   assert all(f'| {label} |' in markdown for label in best)
 
 
+def test_lines_are_of_every_kind():
+  names = [
+    'synchronous',
+    'data_parallel',
+    'asynchronous',
+    'asynchronous+dana',
+    'asynchronous+dana+consistent',
+    *(f'asynchronous+{c}+random' for c in settings.COMPENSATIONS),
+  ]
+  found = [outcome_of('sequential', accuracy=0.6)] + [
+    outcome_of(name, test_accuracy=np.full(SEEDS, 0.7 + 0.01 * i))
+    for i, name in enumerate(names)
+  ]
+  (context,) = outcomes.contexts(found)
+  labels = {o.method.name: o.label for o in found}
+  assert study_pictures.lines(context)[:7] == [
+    labels[name]
+    for name in (
+      'sequential',
+      'asynchronous',
+      'asynchronous+dana',
+      'asynchronous+dana+consistent',
+      'synchronous',
+      'data_parallel',
+      names[-1],
+    )
+  ]
+
+
 def test_text_is_a_table_a_context():
   found = study()
   text = study_report.text(found)
