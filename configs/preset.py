@@ -9,13 +9,18 @@ validation data of 16 splits that no other study looks at; `gsgd_jax.guided_sgd`
 is what is best on these data at equal gradient evaluations, in the mean of the
 four clusters. The report's validation accuracies are what was chosen by; test
 accuracy is measured as everywhere, and nothing was chosen by it.
+
+Time: 6 minutes on 2 CPU cores. Validation accuracy, %, and the factor that good
+rates span, means of the four clusters: one in 4 at N/8 (the preset) 97.35 and
+11.9, one in 8 at N/4 97.36 and 8.1, one in 2 at N/4 97.32 and 11.4, one in 4 at
+N/16 97.25 and 13.7; the least, one in 16 at N/8, 97.16. ASGD alone has 97.17.
 """
 
 import ml_collections
 
 from configs import delay
 
-WINDOWS = (1, 2, 4, 8, 16)
+WINDOWS = (2, 4, 8, 16)
 SHARES = (4, 8, 16)  # Steps of workers / share.
 
 

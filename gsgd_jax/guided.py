@@ -90,7 +90,8 @@ def guided(
   ``replays`` highest scores, those above zero, are replayed in descending
   order: each batch's gradient is taken at the parameters that the replay
   before it left, and applied through ``inner`` (its momentum and step count
-  advance). Of equal scores the earlier batch comes first. No score is given
+  advance). In a window of 1 no batch is an earlier one, and none is replayed.
+  Of equal scores the earlier batch comes first. No score is given
   before the first :math:`V`; replays do not change :math:`V`.
 
   The dial between exact and free:

@@ -58,7 +58,8 @@ def guided_sgd(
       momentum is 0.9.
     step: s, how many times as large a step a replay takes; ``None`` is
       ``max(1, workers / 8)``.
-    window: :math:`\rho`, updates between replays, at least 1.
+    window: :math:`\rho`, updates between replays, at least 2: the last batch of
+      a window has no score.
     replays: Batches replayed then.
     select: As in :func:`guided`; the studies show little between
       ``'consistent'`` and ``'random'``.
@@ -109,6 +110,11 @@ def guided_sgd(
     step = max(1.0, workers / 8)
   if not 0 < step < math.inf:
     raise ValueError(f'step must be positive and finite, got {step!r}')
+  if _protocol.positive_int('window', window) == 1:
+    raise ValueError(
+      'window must be at least 2, got 1: the last batch of a window has no '
+      'score, so nothing would be replayed'
+    )
   return guided(
     optax.sgd(learning_rate) if inner is None else inner,
     loss_fn,

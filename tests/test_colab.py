@@ -10,6 +10,7 @@ QUICK = """
 UPDATES, SEEDS = 64, 2
 CNN_UPDATES = 16
 STUDY_UPDATES, STUDY_SEEDS = 32, 2
+CLUSTERS = (8,)
 JOBS = 0
 TFDS = 'no_such_set'
 """
@@ -44,7 +45,7 @@ def test_it_runs_and_shows_pictures(tmp_path, monkeypatch):
   settings.source = QUICK
   nbclient.NotebookClient(
     notebook,
-    timeout=300,
+    timeout=900,
     kernel_name='python3',
     resources={'metadata': {'path': str(tmp_path)}},
   ).execute()

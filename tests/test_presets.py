@@ -82,6 +82,7 @@ def test_inner():
     (dict(step=0.0), 'step must be positive and finite, got 0.0'),
     (dict(learning_rate=lambda count: 0.1), 'a number'),
     (dict(window=0), 'window must be'),
+    (dict(window=1), 'window must be at least 2, got 1'),
   ],
 )
 def test_bad_arguments(changes, message):

@@ -19,7 +19,7 @@ STUDIES = {
   'paper': 63,
   'paper:author': 63,
   'paper:lossy': 84,
-  'preset': 65,
+  'preset': 53,
 }
 CONTROLS = {'paper': ('random',), 'map': ('random',), 'preset': ()}
 
