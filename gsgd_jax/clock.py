@@ -213,17 +213,20 @@ def arrays(time: Time) -> Time:
 def fractions(number: int) -> Time:
   """1 / n, 2 / n, ..., 1, to the nearest tick; also of a huge number."""
   top = jnp.arange(1, number + 1, dtype=jnp.uint32)
-  number = jnp.uint32(number)
+  divisor = jnp.uint32(number)
 
   def digit(_, carry):  # Long division, in base 2.
     quotient, rest = carry
-    more = rest * 2 >= number
+    more = rest * 2 >= divisor
     digit = jnp.where(more, jnp.uint32(1), jnp.uint32(0))
-    return quotient * 2 + digit, rest * 2 - digit * number
+    return quotient * 2 + digit, rest * 2 - digit * divisor
 
-  carry = (jnp.where(top == number, jnp.uint32(1), jnp.uint32(0)), top % number)
+  carry = (
+    jnp.where(top == divisor, jnp.uint32(1), jnp.uint32(0)),
+    top % divisor,
+  )
   ticks, rest = lax.fori_loop(0, _BITS, digit, carry)
-  rounded_up = (rest * 2 >= number).astype(jnp.int32)
+  rounded_up = (rest * 2 >= divisor).astype(jnp.int32)
   ticks = ticks.astype(jnp.int32) + rounded_up
   return Time(ticks >> _BITS, ticks & (TICKS - 1))
 
