@@ -197,7 +197,7 @@ def smega2(
 
   References:
     Cohen, Hakimi, Schuster, `SMEGA2: Distributed Asynchronous Deep Neural
-    Network Training With a Single Momentum Buffer`, 2021.
+    Network Training With a Single Momentum Buffer`, ICPP 2022.
   """
   workers = _protocol.count_or_traced('workers', workers)
   momentum = _protocol.fraction('momentum', momentum)
