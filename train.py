@@ -60,13 +60,25 @@ def _bad_input():
   try:
     yield
   except OSError as e:
-    reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
-    reason = reason.strip().splitlines()[-1]
+    reason = _of_file(e).strip().splitlines()[-1]
     _fail(reason.rpartition('earlier failure to load: ')[2])
   except flags.IllegalFlagValueError as e:
     _fail(_illegal_value(str(e)))
   except (flags.Error, TypeError, ValueError) as e:
     _fail(str(e).strip().splitlines()[0])
+
+
+@contextlib.contextmanager
+def _once_begun():
+  """The same once training has begun: it is no longer the input."""
+  try:
+    yield
+  except OSError as e:
+    _fail(f'cannot go on: {_of_file(e)}', code=1)
+
+
+def _of_file(e):
+  return f'{e.filename}: {e.strerror}' if e.filename else str(e)
 
 
 def _illegal_value(text):
@@ -172,11 +184,8 @@ def main(argv):
       workdir = hosts.shared_folder(workdir, config)
     assert workdir is not None  # Who runs alone is the first.
     done = application.done_before(config, workdir)
-  try:
+  with _once_begun():
     code = application.run(config, workdir, _BEGAN, done)
-  except OSError as e:
-    reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
-    _fail(f'cannot go on: {reason}', code=1)
   if code:
     os._exit(code)  # An ordinary exit may crash on what XLA still runs.
 
@@ -191,11 +200,8 @@ def _study(config, application, files):
     raise ValueError(f'{workdir} holds a run; give another --workdir')
   _take(workdir, files)
   application.say(f'writing to {workdir}')
-  try:
+  with _once_begun():
     code = studying.run(config, found, workdir)
-  except OSError as e:
-    reason = f'{e.filename}: {e.strerror}' if e.filename else str(e)
-    _fail(f'cannot go on: {reason}', code=1)
   os._exit(code)
 
 

@@ -11,14 +11,21 @@ splits; test accuracy is of 32 other splits and seeds. One test example is 0.22
 points, so every seed has a split of its own: 60 % for training, 15 % for
 validation, 25 % for testing.
 
-``delay.py:tables`` and ``delay.py:cnn`` confirm what was chosen here on other
-data, and with a CNN.
+What was chosen here is confirmed by ``delay.py:fresh`` with other seeds, by
+``delay.py:tables`` on other data (and on files, by ``--config.datasets``), by
+``delay.py:cnn`` with a CNN, and by ``delay.py:gpt`` with a small GPT:
+
+  python examples/write_text.py > text.txt
+  python train.py --config=configs/delay.py:gpt --config.dataset=text.txt \\
+    --workdir=runs/gpt
 
 Time: with ``--config.only=workers=64`` 25 minutes on 2 CPU cores, the tables 5.
 Test accuracy at equal gradient evaluations, 64 even workers, %: sequential
 97.21 ± 0.29, ASGD 96.44 ± 0.36, adaptive braking 96.83 ± 0.31, guided ASGD
 97.00 ± 0.39, with random replays 97.03 ± 0.30.
 """
+
+import re
 
 import ml_collections
 
@@ -127,6 +134,8 @@ def synchronous() -> dict[str, dict]:
 
 # Methods that are confirmed on other data, and from where they are chosen.
 CONFIRMED = ('sequential', 'ASGD', 'Adaptive braking', 'DANA-DC')
+ALSO_FRESH = ('Rounds of a quarter, SGD', 'Batches of 64 split, SGD')
+DATA = ('digits', 'fresh', 'tables', 'cnn', 'gpt')
 
 
 def get_config(data: str = 'digits') -> ml_collections.ConfigDict:
@@ -148,34 +157,59 @@ def get_config(data: str = 'digits') -> ml_collections.ConfigDict:
     **other_guidance(),
     **synchronous(),
   }
-  if data == 'digits':
-    return config
-  if data not in ('tables', 'cnn'):
-    raise ValueError(
-      f'configs/delay.py is of digits, tables or cnn, got {data!r}'
-    )
-  return _confirming(config, data)
+  settings.one_of('what follows the config', data, DATA)
+  return config if data == 'digits' else _confirming(config, data)
 
 
 def _confirming(config, data):
-  """The methods that matter, on data that nothing was chosen on."""
-  config.title += ': other data'
+  """The methods that matter, where nothing was chosen but learning rates."""
+  config.title += ': confirmed'
   config.description = (
-    'What was chosen on digits with an MLP, confirmed on other data, by new '
-    'seeds: nothing but learning rates is chosen here.'
+    'What was chosen on digits with an MLP, confirmed with other seeds, data '
+    'or models: nothing but learning rates is chosen here.'
   )
   config.axes.workers = {'64': {'workers': 64}}
   config.axes.method = {
     label: own
     for label, own in config.axes.method.items()
-    if label.partition(',')[0] in CONFIRMED
-    and not any(f', {how}' in label for how in ('exact', 'stored', 'parallel'))
+    if _confirmed(label, data)
   }
+  if data == 'fresh':
+    config.first_seed = 1000
+    return config
   if data == 'tables':
     config.datasets = 'breast_cancer,wine,iris'
     config.batch_size = 4
-  else:
+    return config
+  del config.axes['cluster']
+  if data == 'cnn':
     config.model, config.updates, config.seeds = 'cnn_small', 840, 30
-    del config.axes['cluster']
     config.lanes, config.tuning_seeds = 8, 4
+    return config
+  config.model, config.updates, config.seeds = 'gpt', 480, 12
+  config.layers, config.width, config.context = 2, 64, 64
+  config.batch_size, config.clip_norm = 8, 1.0
+  config.evaluate_every = 240
+  config.lanes, config.tuning_seeds = 6, 2
+  config.axes.workers = {'16': {'workers': 16}}
+  config.axes.method = _by_adamw(config.axes.method)
   return config
+
+
+def _confirmed(label, data):
+  """Whether a method is among those that matter."""
+  if data == 'fresh' and label in ALSO_FRESH:
+    return True
+  if data != 'fresh' and re.search(', (exact|stored|parallel)', label):
+    return False
+  return label.partition(',')[0] in CONFIRMED
+
+
+def _by_adamw(methods):
+  """Those that do not bring an optimizer of their own, and replay by it."""
+  adamw = {'optimizer': 'adamw', 'learning_rate': 0.003, 'replay_step': None}
+  return {
+    label: own | adamw
+    for label, own in methods.items()
+    if label.partition(',')[0] in ('sequential', 'ASGD')
+  }

@@ -50,7 +50,7 @@ class Method(NamedTuple):
 
 
 class DelayedAllReduceState(NamedTuple):
-  """State of `parallel.delayed_all_reduce`.
+  """State of :func:`delayed_all_reduce`.
 
   Of gradients and losses every device has its own, along the leading axis.
 

@@ -406,9 +406,15 @@ class Watch:
   Args:
     config: The run's settings.
     stream: Where to show it.
+    bar: Whether there is a bar; None: where `stream` is a terminal.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, stream: TextIO) -> None:
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    stream: TextIO,
+    bar: bool | None = None,
+  ) -> None:
     self._updates = config.updates
     self._methods = [m.name for m in events.methods(config)]
     self._total = config.updates * len(self._methods)
@@ -418,7 +424,7 @@ class Watch:
     # Of the method: time and step of its first progress.
     self._start: tuple[float, int] | None = None
     self._bar: tqdm.tqdm | None = None
-    if stream.isatty():
+    if stream.isatty() if bar is None else bar:
       self._bar = tqdm.tqdm(
         total=self._total,
         file=stream,

@@ -80,7 +80,7 @@ class Found(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What training has made; see `load`.
+  """What training has made; see :func:`load`.
 
   Attributes:
     params: The parameters, NumPy arrays in the tree of the model.
@@ -106,7 +106,7 @@ def load(
   """The trained parameters of a run, for use in code of one's own.
 
   Args:
-    workdir: The folder that `train.py` wrote to.
+    workdir: The folder that ``train.py`` wrote to.
     method: The method's name, such as ``'asynchronous+consistent'``; None where
       there is only one.
     seed: Which seed's; None are those of all seeds, along a leading axis.
@@ -116,8 +116,8 @@ def load(
       before the last checkpoint.
 
   Returns:
-    A :class:`Trained`. Inputs are to be prepared as in training:
-    ``gsgd_jax.data.load`` makes those of a run.
+    A :class:`Trained`. Inputs are to be prepared as in training, as
+    :func:`gsgd_jax.data.load` prepares them.
 
   Raises:
     ValueError: There is no such method or seed, or no validation split to

@@ -41,11 +41,11 @@ class Dataset(NamedTuple):
   """A data set, split into three.
 
   Attributes:
-    name: As given to `load`.
+    name: As given to :func:`load`.
     classes: What labels are the positions of; of text its characters.
     train: Of a streamed set a sample of it, for verification and measuring.
     validation: None where its share is 0.
-    test: As `train`.
+    test: As ``train``.
     shape: Of an example's inputs: ``(features,)``, ``(height, width,
       channels)``, ``(context,)``.
     scale: Of images whose pixels are to be scaled, the mean and the standard
@@ -140,7 +140,7 @@ def axes(datasets: list[Dataset]) -> Any:
   return jax.tree.map(_axis, *splits)
 
 
-def stacked(datasets: list[Dataset]) -> Any:
+def stacked(datasets: list[Dataset]) -> tuple[Any, Any, Any]:
   """(train, validation or None, test) of all seeds.
 
   Arrays in which seeds differ have a leading axis of seeds, see `axes`.

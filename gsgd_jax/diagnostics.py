@@ -112,7 +112,7 @@ def _largest(extra_args):
 
 
 class StalenessSummary(NamedTuple):
-  """What `record_staleness` has seen, in NumPy.
+  """What :func:`record_staleness` has seen, in NumPy.
 
   Attributes:
     count: Gradients so far, int64.

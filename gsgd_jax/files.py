@@ -17,6 +17,7 @@ no word for NaN or infinity: they are null.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -60,8 +61,11 @@ def fresh_folder(parent: pathlib.Path, name: str, now: str) -> pathlib.Path:
   raise FileExistsError(f'no fresh folder for {now} in {parent}')
 
 
-def lock(workdir: pathlib.Path) -> None:
+def lock(workdir: pathlib.Path) -> Callable[[], Any]:
   """Keeps a folder for this process, until it ends, however it does.
+
+  Returns:
+    A function of nothing that lets go of it before that.
 
   Raises:
     ValueError: Another process has it.
@@ -69,7 +73,7 @@ def lock(workdir: pathlib.Path) -> None:
   try:
     import fcntl
   except ImportError:  # Windows.
-    return
+    return lambda: None
   folder = os.open(workdir, os.O_RDONLY)
   try:
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +83,8 @@ def lock(workdir: pathlib.Path) -> None:
       f'another process is training in {workdir}; give another --workdir'
     ) from e
   except OSError:  # Not every file system has locks.
-    os.close(folder)
+    pass
+  return functools.partial(os.close, folder)
 
 
 def write_whole(

@@ -74,8 +74,8 @@ def read(
   Raises:
     ValueError: The set is unknown, not prepared, half prepared, not in the
       array_record format, without classes, or not of uint8 images; its images
-      differ in size and `image_size` is None; a package is missing.
-    OSError: `data_dir` is no folder, or cannot be read; a record is damaged
+      differ in size and ``image_size`` is None; a package is missing.
+    OSError: ``data_dir`` is no folder, or cannot be read; a record is damaged
       (``DamagedData``).
 
   Examples:

@@ -293,13 +293,23 @@ def aligned(*found: Outcome | None) -> list[np.ndarray] | None:
   Returns:
     An array for each, or None where one is missing or no seed is common.
   """
-  there = [outcome for outcome in found if outcome is not None]
-  if len(there) < len(found):
+  seeds = common(*found)
+  if not seeds:
     return None
-  by_seed: list[dict[int, float]] = [
-    dict(zip(*(x.tolist() for x in measured(o)), strict=True)) for o in there
+  by_seed = [
+    dict(zip(*measured(o), strict=True)) for o in found if o is not None
   ]
-  common = sorted(set.intersection(*map(set, by_seed)))
-  if not common:
-    return None
-  return [np.array([values[seed] for seed in common]) for values in by_seed]
+  return [np.array([values[seed] for seed in seeds]) for values in by_seed]
+
+
+def common(*found: Outcome | None) -> list[int]:
+  """The seeds that all outcomes have a number for, in order.
+
+  Args:
+    found: Outcomes, or None for what was not measured.
+
+  Returns:
+    Seeds; none where an outcome is missing.
+  """
+  there = [set(measured(o)[0].tolist()) for o in found if o is not None]
+  return sorted(set.intersection(*there)) if len(there) == len(found) else []

@@ -170,8 +170,8 @@ class Program(NamedTuple):
       expected, as ``jax.sharding.NamedSharding`` s. What is elsewhere is
       moved; on several hosts use ``jax.make_array_from_process_local_data``.
     memory: ``memory(params) -> dict``: bytes on each device, by name, as
-      :func:`state_memory` has them; ``round`` are the copies of the parameters
-      that a step needs beside the state.
+      :func:`gsgd_jax.state_memory` has them; ``round`` are the copies of the
+      parameters that a step needs beside the state.
   """
 
   init: Callable[[optax.Params], tuple[optax.Params, optax.OptState]]
@@ -265,8 +265,8 @@ def data_parallel(
     w_{t+1} = w_t + \mathrm{inner}\left(
       \frac{1}{D} \sum_d \nabla f(w^{read}_t; \text{share}_d)\right)
 
-  Everything is as on one device, :func:`guided` included: its batches are kept
-  in shares, its scores and replays taken by all devices together.
+  Everything is as on one device, :func:`gsgd_jax.guided` included: its batches
+  are kept in shares, its scores and replays taken by all devices together.
 
   ``step(params, state, batch, **extra_args)`` returns the loss of the batch.
 
@@ -332,10 +332,10 @@ def synchronous(
 
   Every device takes the gradients of its own batches, one a worker, at the
   parameters of the round's start. They are applied one after another (the
-  paper's SSGD, and around :func:`guided` its gSSGD), or as their mean, as in
-  :func:`gsgd_jax.synchronous`, whose trajectory this is. :func:`guided` scores
-  and replays workers' batches; a replay's gradient is taken by all devices
-  together.
+  paper's SSGD, and around :func:`gsgd_jax.guided` its gSSGD), or as their mean,
+  as in :func:`gsgd_jax.synchronous`, whose trajectory this is. ``guided``
+  scores and replays workers' batches; a replay's gradient is taken by all
+  devices together.
 
   ``step(params, state, batches, **extra_args)`` is a whole round: every array
   of ``batches`` and of the extra arguments has a leading axis of gradients

@@ -76,9 +76,9 @@ def paired(ours: ArrayLike, theirs: ArrayLike) -> Paired:
     theirs: Those of another method on the same seeds, in the same order.
 
   Returns:
-    A ``Paired``. Differences that are all equal have no :math:`t`: p is 1 where
-    they are zero, else that of the sign-flip test, :math:`2^{1-n}`. (Accuracies
-    are of so many examples each: equal differences are no rarity.)
+    A ``Paired``. Differences that are all equal have no :math:`t`; p is then 1
+    where they are zero, else that of the sign-flip test, :math:`2^{1-n}`.
+    (Accuracies are of so many examples each: equal differences are no rarity.)
 
   Raises:
     ValueError: The shapes differ, or there is no seed.
@@ -252,9 +252,9 @@ def good_rates(
   r"""The range of learning rates around the best that lose next to nothing.
 
   From the best rate the range reaches, on each side, to the first rate tried
-  whose mean accuracy is more than `within` below the best. Between this one and
-  its neighbour the accuracy is taken to be linear in :math:`\log \eta`, and the
-  range ends where it crosses the threshold.
+  whose mean accuracy is more than ``within`` below the best. Between this one
+  and its neighbour the accuracy is taken to be linear in :math:`\log \eta`, and
+  the range ends where it crosses the threshold.
 
   Args:
     tried: Learning rate, above zero -> accuracy in [0, 1], one a seed. A rate

@@ -142,7 +142,8 @@ def default_config() -> ml_collections.ConfigDict:
   config.datasets = ''
   # Whether learning rates are tuned, from learning_rate on; else it is that.
   config.tune = True
-  config.tuning_seeds = 8  # From 0 on;
+  config.first_seed = 0  # Others make a study anew, as a confirmation does.
+  config.tuning_seeds = 8  # From the first on;
   config.seeds = 32  # the following ones are for measuring.
   # What a run may spend: as many updates as `updates`; as many gradients, all
   # that are thrown away and replays included; simulated time.
@@ -189,7 +190,13 @@ def shown(cell: Cell) -> str:
 
 
 def cells(config: ml_collections.ConfigDict) -> list[Cell]:
-  """The cells of a study, in order; those that `only` names.
+  """The cells of a study, in order; those that ``only`` names.
+
+  Args:
+    config: The study's settings; see :func:`default_config`.
+
+  Returns:
+    A list of them, :class:`Cell`.
 
   Raises:
     ValueError: An axis, a value or a setting is wrong.
@@ -440,7 +447,7 @@ def _program(cell):
   """What decides the program of a cell."""
   config = cell.config
   left_out = {*_INERT, *_OF_STUDY, *_OF_CALLS, 'budgets', 'best_epoch'}
-  left_out |= {'tune', 'tuning_seeds'}
+  left_out |= {'tune', 'tuning_seeds', 'first_seed'}
   if config.schedule == 'constant' and not (config.warmup or config.drops):
     left_out |= set(_LENGTHS)
   dataset = load(config, 0)
@@ -515,20 +522,16 @@ def _computed(sweep, cell):
   start = transformation.learning_rate(config, cell.method)
   if callable(start) or start is None:
     start = config.learning_rate
-  tried, chosen = {}, dict.fromkeys(range(len(cell.budgets)), 0)
-  if config.tune:
-
-    def measure(steps):
-      return _validated(sweep, cell, start, steps)
-
-    at_once = max(1, config.lanes // config.tuning_seeds)
-    tried = tuning.search(measure, at_once)
-    chosen = {b: tuning.best(tried, b) for b in chosen}
-  seeds = range(config.tuning_seeds, config.tuning_seeds + config.seeds)
+  tried = _tried(sweep, cell, start) if config.tune else {}
+  chosen = [
+    tuning.best(tried, b) if config.tune else 0
+    for b in range(len(cell.budgets))
+  ]
+  first = config.first_seed + config.tuning_seeds
+  seeds = range(first, first + config.seeds)
   rate = lambda step: tuning.grid(start, step) if config.tune else float(start)
   measured = {
-    step: _run(sweep, cell, rate(step), seeds)
-    for step in sorted(set(chosen.values()))
+    step: _run(sweep, cell, rate(step), seeds) for step in sorted(set(chosen))
   }
   return {
     'cell': cell.key,
@@ -553,9 +556,20 @@ def _computed(sweep, cell):
   }
 
 
+def _tried(sweep, cell, start):
+  """What the search for a cell's rate has measured."""
+
+  def measure(steps):
+    return _validated(sweep, cell, start, steps)
+
+  config = cell.config
+  return tuning.search(measure, max(1, config.lanes // config.tuning_seeds))
+
+
 def _validated(sweep, cell, start, steps):
   """Validation accuracy of several rates, over the seeds of the tuning."""
-  seeds = range(cell.config.tuning_seeds)
+  first = cell.config.first_seed
+  seeds = range(first, first + cell.config.tuning_seeds)
   lanes = [
     sweeps.Lane(load(cell.config, seed), seed, tuning.grid(start, step))
     for step in steps

@@ -35,6 +35,7 @@ _COMPANIONS = {
 _ALPHA = 0.05
 _MOST_CONTEXTS = 12  # More of them have tables alone, folded.
 _EDGE = '†'
+_NO_UPDATE = 'no update fits'
 _NOTHING = '-'
 
 _INTERVALS = (
@@ -67,6 +68,7 @@ class Comparison(NamedTuple):
   n: int
   found: statistics.Paired
   adjusted: float  # p, for all comparisons of the report.
+  differences: dict[int, float]  # By seed, in points.
 
   @property
   def shown(self) -> bool:
@@ -158,8 +160,10 @@ def comparisons(contexts: list[Context]) -> list[Comparison]:
         if values is None or key in out:
           continue
         found = statistics.paired(*values)
-        about = context, label, against, select, budget, len(values[0])
-        out[key] = Comparison(*about, found, float('nan'))
+        seeds = outcomes.common(*pair)
+        by_seed = dict(zip(seeds, values[0] - values[1], strict=True))
+        about = context, label, against, select, budget, len(by_seed)
+        out[key] = Comparison(*about, found, float('nan'), by_seed)
   adjusted = statistics.holm([c.found.p for c in out.values()])
   return [
     c._replace(adjusted=float(p))
@@ -236,6 +240,12 @@ def _summary(contexts, compared):
     yield Heading(3, 'Does guidance help?')
     yield Paragraph(_verdict(compared))
     yield Table(_counts(compared))
+    yield Paragraph(_MEAN_DIFFERENCE)
+    main = outcomes.main_budget(contexts[0].budgets())
+    chosen = [c for c in compared if (c.select, c.budget) == ('random', main)]
+    if chosen:
+      yield Heading(3, 'Does it matter which batches are replayed?')
+      yield Paragraph(_of_choice(chosen, main))
 
 
 def _best(context):
@@ -259,30 +269,71 @@ def _named_accuracy(context, label, budget):
 
 def _verdict(compared):
   counted = [c for c in compared if not np.isnan(c.adjusted)]
-  shown = [c for c in counted if c.shown]
-  better = sum(c.found.difference.mean > 0 for c in shown)
+  better, worse = _shown(counted)
   n = _range([c.n for c in compared])
   return (
     f'Guided SGD was compared with the same method without guidance and with '
     f'other replays, by two-sided paired t-tests over n = {n} seeds. Of '
-    f'{len(counted)} comparisons {len(shown)} show a difference after Holm and '
-    f"Bonferroni's adjustment for all {len(counted)}: {better} for guided SGD, "
-    f'{len(shown) - better} against it.'
+    f'{len(counted)} comparisons {better + worse} show a difference after Holm '
+    f"and Bonferroni's adjustment for all {len(counted)}: {better} for guided "
+    f'SGD, {worse} against it.'
   )
+
+
+_MEAN_DIFFERENCE = (
+  'The mean difference is over all the comparisons of a row: for each seed the '
+  'mean of its differences, and the interval over seeds. Small differences '
+  'that no single comparison shows are seen there, if they have one sign.'
+)
 
 
 def _counts(compared):
   """How many comparisons show what, by companion and budget."""
   head = ['against', 'at', 'comparisons', 'guided better', 'guided worse']
+  head.append('mean difference, points')
   rows = {}
   for c in compared:
     key = _COMPANIONS[c.select], BUDGETS.get(c.budget, c.budget)
-    counts = rows.setdefault(key, [0, 0, 0])
-    counts[0] += 1
-    if c.shown:
-      counts[1 if c.found.difference.mean > 0 else 2] += 1
+    rows.setdefault(key, []).append(c)
   order = sorted(rows, key=lambda key: list(_COMPANIONS.values()).index(key[0]))
-  return [head, *([*key, *map(str, rows[key])] for key in order)]
+  table = [head]
+  for key in order:
+    better, worse = _shown(rows[key])
+    counts = map(str, (len(rows[key]), better, worse))
+    table.append([*key, *counts, _pooled(rows[key])])
+  return table
+
+
+def _shown(compared):
+  """How many show guided SGD to be better, and worse."""
+  signs = [c.found.difference.mean > 0 for c in compared if c.shown]
+  return sum(signs), len(signs) - sum(signs)
+
+
+def _pooled(compared):
+  """The mean over comparisons of what differs, over the seeds of them all."""
+  seeds = set.intersection(*(set(c.differences) for c in compared))
+  if not seeds:
+    return _NOTHING
+  by_seed = [[c.differences[s] for c in compared] for s in sorted(seeds)]
+  mean = statistics.interval(np.mean(by_seed, axis=1))
+  return f'{report.signed(mean)} ({len(seeds)})'
+
+
+def _of_choice(compared, budget):
+  """Guided SGD against random replays, a question of its own."""
+  alone = statistics.holm([c.found.p for c in compared])
+  own = [
+    c._replace(adjusted=float(p)) for c, p in zip(compared, alone, strict=True)
+  ]
+  better, worse = _shown(own)
+  return (
+    'Random replays take as many batches, at the same steps. Asked alone, at '
+    f'{BUDGETS.get(budget, budget)}, with the adjustment for these '
+    f'{len(own)} comparisons only, consistent batches are better in {better} '
+    f'and worse in {worse}. The mean difference over all of them is '
+    f'{_pooled(own)} points.'
+  )
 
 
 def _of_group(group, compared, names):
@@ -354,6 +405,10 @@ def _accuracies(context):
       f' {_EDGE} The rate is the smallest or the largest of those tried: a '
       'better one may lie beyond it.'
     )
+  if any(_NO_UPDATE in cell for row in rows for cell in row):
+    said += (
+      ' Where no update fits into a budget, parameters are the first ones.'
+    )
   if any('diverged' in cell for row in rows for cell in row):
     said += ' A seed that diverged counts with the accuracy of chance.'
   yield Paragraph(said)
@@ -364,6 +419,8 @@ def _cell(outcome):
     return _NOTHING
   edge = f' {_EDGE}' if at_edge(outcome) else ''
   cell = f'{_accuracy(outcome)}\nrate {outcome.learning_rate:.3g}{edge}'
+  if len(outcome.updates) and not np.any(outcome.updates):
+    cell += f'\n{_NO_UPDATE}'
   diverged = int(np.sum(outcome.diverged))
   if diverged:
     cell += f'\n{diverged} of {len(outcome.seeds)} diverged'
@@ -494,18 +551,21 @@ def _good_rates(context, budget, names):
     'chosen ones, arrows say that no rate beyond was tried.',
     draw,
   )
-  rows = [['method', 'best rate', 'from', 'to', 'width, a factor of']]
+  head = ['method', 'validation accuracy, %', 'best rate', 'from', 'to']
+  rows = [[*head, 'width, a factor of']]
   for label, found in good.items():
     low = f'{"<= " if found.open_below else ""}{found.low:.3g}'
     high = f'{">= " if found.open_above else ""}{found.high:.3g}'
     is_open = found.open_below or found.open_above
     factor = f'{">= " if is_open else ""}{found.factor:.3g}'
-    rows.append([label, f'{found.best:.3g}', low, high, factor])
+    best = study_pictures.tried(context.at(label, budget))[found.best]
+    accuracy = statistics.interval(100 * np.nan_to_num(best))
+    rows.append([label, str(accuracy), f'{found.best:.3g}', low, high, factor])
   said = (
-    'Learning rates whose mean validation accuracy at '
-    f'{BUDGETS.get(budget, budget)} is within one point of the best, '
-    f'n = {seeds} seeds, the widest range first. <= and >=: no rate beyond was '
-    'tried.'
+    f'Validation accuracy at {BUDGETS.get(budget, budget)}, n = {seeds} '
+    'seeds, at the best rate, and the range of rates whose mean is within one '
+    'point of it, the widest range first. The best of many rates flatters '
+    'itself. <= and >=: no rate beyond was tried.'
   )
   yield Folded('Width of the good range', [Table(rows), Paragraph(said)])
 

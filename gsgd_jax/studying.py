@@ -1,5 +1,6 @@
 """A study run from the command line: its files, its progress, its report."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -58,6 +59,7 @@ def _check_own(config):
       + settings.nearest(unknown[0], study.default_config())
     )
   for name, least in (
+    ('first_seed', 0),
     ('tuning_seeds', int(config.tune)),
     ('seeds', 1),
     ('lanes', 1),
@@ -111,6 +113,7 @@ def run(
   config: ml_collections.ConfigDict,
   found: Sequence[study.Cell],
   workdir: pathlib.Path,
+  bar: bool | None = None,
 ) -> int:
   """Computes what is missing of a study, and writes its report.
 
@@ -118,23 +121,37 @@ def run(
     config: Its settings.
     found: What `check` has returned.
     workdir: Its folder; this process has locked it.
+    bar: Whether progress is a bar; None: on a terminal.
 
   Returns:
     The exit code.
   """
-  _listen()
+  with _listening():
+    return _run(config, found, workdir, bar)
+
+
+def _run(config, found, workdir, bar):
   lines = finished(workdir) if config.resume else {}
   missing = list({c.key: c for c in found if c.key not in lines}.values())
   whole = len({c.key for c in found})
   files.write_json(workdir / 'config.json', _plain(config))
-  code = application.DONE
   if missing:
     said = 'going on: ' if lines else ''
     application.say(
       f'{said}{len(missing)} of {whole} cells to compute', sys.stderr
     )
-  progress = _Progress(whole, whole - len(missing), sys.stderr)
+  progress = _Progress(whole, whole - len(missing), sys.stderr, bar)
   mend(workdir)
+  code = _compute(config, missing, workdir, progress, lines)
+  _report(config, found, lines, workdir)
+  if code == application.INTERRUPTED:
+    application.warn(f'interrupted; --workdir={workdir} goes on')
+  return code
+
+
+def _compute(config, missing, workdir, progress, lines):
+  """Computes cells; each is written, and added to `lines`, when finished."""
+  code = application.DONE
   store = files.Lines(workdir / _CELLS, more=True)
   timing = files.Lines(workdir / _TIMING, more=True)
   try:
@@ -157,9 +174,6 @@ def run(
     progress.close()
     store.close()
     timing.close()
-  _report(config, found, lines, workdir)
-  if code == application.INTERRUPTED:
-    application.warn(f'interrupted; --workdir={workdir} goes on')
   return code
 
 
@@ -171,7 +185,8 @@ def _computed(config, missing):
     yield key, line, round(time.perf_counter() - began, 3)
 
 
-def _listen():
+@contextlib.contextmanager
+def _listening():
   """Lets a signal end what is computed, with what there is; a second, all."""
   began = []
 
@@ -184,12 +199,17 @@ def _listen():
       began.append(now)
       raise KeyboardInterrupt
 
-  if threading.current_thread() is not threading.main_thread():
-    return
-  for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    number = getattr(signal, name, None)
-    if number and signal.getsignal(number) != signal.SIG_IGN:
-      signal.signal(number, interrupted)
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+      number = getattr(signal, name, None)
+      if number and signal.getsignal(number) != signal.SIG_IGN:
+        before[number] = signal.signal(number, interrupted)
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def finished(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -233,13 +253,15 @@ def _report(config, found, lines, workdir):
 class _Progress:
   """A bar of cells on a terminal, elsewhere a line now and then."""
 
-  def __init__(self, total: int, done: int, stream: TextIO):
+  def __init__(
+    self, total: int, done: int, stream: TextIO, bar: bool | None = None
+  ):
     self._total = total
     self._done = self._before = done
     self._stream = stream
     self._began = self._said = time.perf_counter()
     self._bar = None
-    if stream.isatty():
+    if stream.isatty() if bar is None else bar:
       self._bar = tqdm.tqdm(
         total=self._total,
         initial=done,

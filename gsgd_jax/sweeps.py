@@ -234,21 +234,9 @@ class Sweep:
     """
     asked = len(lanes)
     lanes = [*lanes, *[lanes[-1]] * (self._lanes - asked)]
-    datasets = [self._filled(_Same(lane.dataset)) for lane in lanes]
-    stacked = data.stacked(datasets)
-    counts = [None, None]
-    if self._shape is not None:
-      counts = [
-        _counts([getattr(x.dataset, split) for x in lanes])
-        for split in ('validation', 'test')
-      ]
-    own = data.axes(datasets)
-    programs_ = self._programs(str(own), own)
+    of_all = self._of_all(lanes)
     rates = jnp.array([lane.learning_rate for lane in lanes], jnp.float32)
-    params = [self._begun(_Same(x.dataset), x.seed) for x in lanes]
-    params = jax.tree.map(lambda *x: jnp.stack(x), *params)
-    seeds = jnp.array([lane.seed for lane in lanes], jnp.int32)
-    state = programs_.init(seeds, params, rates)
+    state = self._initial(of_all, lanes, rates)
     limits = jnp.array([b.amount for b in budgets], jnp.float32)
     points, call = [], 0
     last = self._last_call(budgets)
@@ -257,35 +245,48 @@ class Sweep:
       filling = self._filling - call
       length = min(filling, self._room) if filling > 0 else every
       if call > last:
-        state = programs_.stop(state)
+        state = of_all.programs.stop(state)
         break
       rows = self._rows(lanes, call, length)
-      state, now, spent = programs_.advance(
-        state, stacked[0], rows, rates, limits, length
+      state, now, spent = of_all.programs.advance(
+        state, of_all.train, rows, rates, limits, length
       )
       call += length
-      if filling > 0:
-        continue
-      accuracy = None
-      if tested:
-        accuracy = programs_.accuracy(now, stacked[0], stacked[2], counts[1])
-      points.append((spent, accuracy))
-    return self._result(
-      asked, state, points, programs_, stacked, counts, tested
-    )
+      if filling <= 0:
+        points.append((spent, of_all.accuracy(now, 'test') if tested else None))
+    return self._result(asked, state, points, of_all, tested)
 
-  def _result(self, asked, state, points, programs_, stacked, counts, tested):
-    def of_budgets(split, count):
-      if split is None:
+  def _of_all(self, lanes):
+    """The programs and the data of lanes."""
+    datasets = [self._filled(_Same(lane.dataset)) for lane in lanes]
+    counts = {}
+    if self._shape is not None:
+      counts = {
+        split: _counts([getattr(x.dataset, split) for x in lanes])
+        for split in ('validation', 'test')
+      }
+    own = data.axes(datasets)
+    programs_ = self._programs(str(own), own)
+    return _OfAll(programs_, *data.stacked(datasets), counts)
+
+  def _initial(self, of_all, lanes, rates):
+    params = [self._begun(_Same(x.dataset), x.seed) for x in lanes]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *params)
+    seeds = jnp.array([lane.seed for lane in lanes], jnp.int32)
+    return of_all.programs.init(seeds, params, rates)
+
+  def _result(self, asked, state, points, of_all, tested):
+    def of_budgets(split):
+      if getattr(of_all, split) is None:
         return np.full([len(self._budgets), asked], np.nan)
       found = [
-        programs_.accuracy(_of_budget(state.kept, i), stacked[0], split, count)
+        of_all.accuracy(_of_budget(state.kept, i), split)
         for i in range(len(self._budgets))
       ]
       return np.stack(found)[:, :asked].astype(float)
 
-    validation = of_budgets(stacked[1], counts[0])
-    test = of_budgets(stacked[2], counts[1]) if tested else None
+    validation = of_budgets('validation')
+    test = of_budgets('test') if tested else None
     finite = [
       jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim)))
       for x in jax.tree.leaves(state.kept)
@@ -464,6 +465,23 @@ class _Compiled(NamedTuple):
   advance: Any
   stop: Any
   accuracy: Any
+
+
+class _OfAll(NamedTuple):
+  """The programs of all lanes, and their data, stacked."""
+
+  programs: _Compiled
+  train: Any
+  validation: Any
+  test: Any
+  counts: dict[str, Any]  # Examples of each lane's split, of tables.
+
+  def accuracy(self, params, split):
+    """Of all lanes, on a split."""
+    there = self.counts.get(split)
+    return self.programs.accuracy(
+      params, self.train, getattr(self, split), there
+    )
 
 
 def _compile(settings, budgets, own, filling, lanes):

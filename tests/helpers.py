@@ -1,7 +1,13 @@
-"""Problems, and the two ways to run them: the oracle's and the library's."""
+"""Problems, and the two ways to run them: the oracle's and the library's.
 
+And what runs the Python of a page.
+"""
+
+import contextlib
 import dataclasses
+import io
 import itertools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -479,3 +485,23 @@ def assert_trajectory(actual, expected, tolerance=1e-9):
     np.testing.assert_allclose(
       actual, np.stack(expected), rtol=tolerance, atol=tolerance
     )
+
+
+# Pages of documentation.
+
+
+def printed_by(text, name, given=None, of_a_run=False):
+  """What the Python of a text prints, but for blocks that need a run's folder.
+
+  Or what these print.
+  """
+  blocks = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+  blocks = [b for b in blocks if ('runs/mine' in b) == of_a_run]
+  printed = io.StringIO()
+  with (
+    jax.enable_x64(False),
+    jax.numpy_dtype_promotion('standard'),
+    contextlib.redirect_stdout(printed),
+  ):
+    exec(compile('\n'.join(blocks), name, 'exec'), given or {})
+  return printed.getvalue()

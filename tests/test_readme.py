@@ -1,8 +1,6 @@
 """The README's code runs, and its commands are the two it promises."""
 
-import contextlib
 import hashlib
-import io
 import json
 import pathlib
 import re
@@ -10,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 
-import jax
 import numpy as np
 import pytest
 
 import gsgd_jax
 from gsgd_jax import images, parallel, settings, sources
+from tests.helpers import printed_by
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -24,23 +22,6 @@ DEVICES = (ROOT / 'docs' / 'devices.md').read_text()
 CHECKPOINTS = (ROOT / 'docs' / 'checkpoints.md').read_text()
 NETWORKS = (ROOT / 'docs' / 'networks.md').read_text()
 CLUSTERS = (ROOT / 'docs' / 'clusters.md').read_text()
-
-
-def printed_by(text, name, given=None, of_a_run=False):
-  """What the Python of a text prints, but for blocks that need a run's folder.
-
-  Or what these print.
-  """
-  blocks = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
-  blocks = [b for b in blocks if ('runs/mine' in b) == of_a_run]
-  printed = io.StringIO()
-  with (
-    jax.enable_x64(False),
-    jax.numpy_dtype_promotion('standard'),
-    contextlib.redirect_stdout(printed),
-  ):
-    exec(compile('\n'.join(blocks), name, 'exec'), given or {})
-  return printed.getvalue()
 
 
 def test_the_example_runs_as_printed():

@@ -137,6 +137,65 @@ def test_p_values_are_adjusted_for_all_comparisons():
   assert first.found == statistics.paired(percent(ours), percent(theirs))
 
 
+def test_all_comparisons_of_a_kind_are_pooled_by_seed(tmp_path):
+  found = study()
+  markdown, *_ = written(tmp_path, found)
+  at = lambda name, workers: percent(
+    next(
+      o
+      for o in found
+      if (o.method.name, o.values['workers'], o.budget)
+      == (name, workers, 'gradients')
+    )
+  )
+  guided, random = 'asynchronous+consistent', 'asynchronous+random'
+  by_seed = np.mean(
+    [at(guided, w) - at(random, w) for w in ('4', '16')], axis=0
+  )
+  row = '| random replays | equal gradient evaluations | 2 | 0 | 0 |'
+  assert f'{row} {told(by_seed)} |' in markdown
+  said = next(q for q in markdown.splitlines() if 'Asked alone' in q)
+  assert 'for these 2 comparisons only' in said and told(by_seed) in said
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_a_question_asked_alone_has_an_adjustment_of_its_own(tmp_path, sign):
+  # p is 0.02 to 0.04: shown among one or two comparisons, not among many.
+  noise = np.array([3.0, -2.0, 1.0, -1.0, 2.0, -3.0]) / 100
+  base = outcome_of('asynchronous+random', accuracy=0.8)
+  ours = base.test_accuracy + sign * 0.025 + noise
+  found = [
+    outcome_of('asynchronous+consistent', test_accuracy=ours),
+    base,
+    outcome_of('asynchronous', test_accuracy=ours),
+    outcome_of('asynchronous+hardest', test_accuracy=ours),
+    outcome_of('asynchronous+surprise', test_accuracy=ours),
+  ]
+  p = statistics.paired(100 * ours, percent(base)).p
+  assert 0.05 / 4 < p < 0.05
+  markdown, *_ = written(tmp_path, found)
+  assert '4 comparisons 0 show' in markdown
+  better, worse = (1, 0) if sign > 0 else (0, 1)
+  assert f'better in {better} and worse in {worse}.' in markdown
+
+
+def test_validation_accuracy_is_told_at_the_best_rate(tmp_path):
+  tried = {0.01: np.array([0.5, 0.6]), 0.1: np.array([0.8, 0.84])}
+  markdown, *_ = written(tmp_path, [outcome_of('asynchronous', tried=tried)])
+  assert f'| {statistics.interval(np.array([80, 84.0]))} | 0.1 |' in markdown
+
+
+def test_a_budget_that_no_update_fits_into_is_told(tmp_path):
+  found = [
+    outcome_of('asynchronous', updates=np.zeros(SEEDS)),
+    outcome_of('sequential', updates=np.arange(SEEDS)),
+  ]
+  markdown, *_ = written(tmp_path, found)
+  rows = [q for q in markdown.splitlines() if '<br>no update fits' in q]
+  assert len(rows) == 1 and rows[0].startswith('| asynchronous')
+  assert 'parameters are the first ones' in markdown
+
+
 def test_one_time_stands_for_all_where_nothing_is_replayed():
   (few, _) = outcomes.contexts(study())
   assert few.budgets() == [
@@ -207,7 +266,8 @@ def test_open_ranges_are_told(tmp_path):
   flat = {0.01: np.array([0.9]), 0.1: np.array([0.9])}
   found = [outcome_of('sequential'), outcome_of('asynchronous', tried=flat)]
   markdown, html, _ = written(tmp_path, found)
-  row = ['asynchronous', '0.01', '&lt;= 0.01', '&gt;= 0.1', '&gt;= 10']
+  row = ['asynchronous', '90.00', '0.01', '&lt;= 0.01', '&gt;= 0.1']
+  row.append('&gt;= 10')
   assert f'| {" | ".join(row)} |' in markdown
   assert ''.join(f'<td>{cell}</td>' for cell in row[1:]) in html
 

@@ -112,6 +112,39 @@ def test_a_run_ends_whatever_its_budgets_hold(monkeypatch):
   )
 
 
+def test_seeds_from_another_one_on():
+  methods = {'ASGD': {'method': 'asynchronous'}}
+  whole = study_of(methods, seeds=4)
+  later = study_of(methods, first_seed=1, tuning_seeds=1)
+  (all_four,), (last_two,) = (lines_of(c).values() for c in (whole, later))
+  assert last_two['seeds'] == all_four['seeds'][2:]
+  np.testing.assert_allclose(
+    last_two['budgets']['updates']['test_accuracy'],
+    all_four['budgets']['updates']['test_accuracy'][2:],
+    atol=1e-6,
+  )
+  assert study.cells(whole)[0].key != study.cells(later)[0].key
+
+
+def test_tuning_begins_at_the_first_seed(monkeypatch):
+  config = study_of(
+    {'ASGD': {'method': 'asynchronous'}},
+    first_seed=5,
+    tune=True,
+    tuning_seeds=2,
+  )
+  seen = {}
+  run = sweeps.Sweep.run
+
+  def seeing(self, lanes, budgets, every, tested=True):
+    seen.setdefault(tested, set()).update(lane.seed for lane in lanes)
+    return run(self, lanes, budgets, every, tested)
+
+  monkeypatch.setattr(sweeps.Sweep, 'run', seeing)
+  lines_of(config)
+  assert seen == {False: {5, 6}, True: {7, 8}}
+
+
 def test_axes_of_data_and_of_what_follows_from_workers():
   config = study_of(
     {'rounds': {'method': 'synchronous', 'wait_for': 'workers / 2'}},

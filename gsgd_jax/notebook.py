@@ -1,0 +1,133 @@
+"""Experiments and studies in a notebook: a bar, then tables and pictures.
+
+from gsgd_jax import notebook, settings
+
+config = settings.default_config()
+config.workers = 64
+notebook.train(config)
+"""
+
+import base64
+import contextlib
+import html
+import pathlib
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import ml_collections
+
+from gsgd_jax import (
+  application,
+  events,
+  experiment,
+  files,
+  report,
+  settings,
+  studying,
+)
+
+_HEIGHT = 720  # Pixels, of a report within a notebook.
+
+
+class Run(NamedTuple):
+  """What an experiment came to; a notebook shows its table and pictures.
+
+  Attributes:
+    config: Its settings, lengths in updates.
+    histories: By a method's name, how it went.
+  """
+
+  config: ml_collections.ConfigDict
+  histories: dict[str, events.History]
+
+  def __str__(self) -> str:
+    return report.table(self.histories, losses=self.config.model == 'gpt')
+
+  def _repr_html_(self):
+    """The table, and the pictures that `train.py` draws."""
+    drawn = [report.draw]
+    if any(report.has_workers(h) for h in self.histories.values()):
+      drawn.append(report.draw_staleness)
+    with tempfile.TemporaryDirectory() as folder:
+      pictures = [self._picture(draw, pathlib.Path(folder)) for draw in drawn]
+    return f'<pre>{html.escape(str(self))}</pre>\n{"".join(pictures)}'
+
+  def _picture(self, draw, folder):
+    path = folder / 'picture.png'
+    draw(path, self.config, self.histories)
+    text = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{text}" style="max-width: 100%">\n'
+
+
+class Report(NamedTuple):
+  """The report of a study; a notebook shows it, to be scrolled through.
+
+  Attributes:
+    workdir: The folder that holds it, and its pictures.
+  """
+
+  workdir: pathlib.Path
+
+  def __str__(self) -> str:
+    return (self.workdir / 'report.md').read_text(encoding='utf-8')
+
+  def _repr_html_(self):
+    page = (self.workdir / 'report.html').read_text(encoding='utf-8')
+    return (
+      f'<iframe srcdoc="{html.escape(page)}" '
+      f'style="width: 100%; height: {_HEIGHT}px; border: 0"></iframe>'
+    )
+
+
+def train(config: ml_collections.ConfigDict) -> Run:
+  """Trains every method of a config, as `train.py` does, but writes no files.
+
+  Args:
+    config: Like that of ``settings.default_config()``.
+
+  Returns:
+    A `Run`, which a notebook shows.
+
+  Raises:
+    ValueError: The config is bad.
+    OSError: The data cannot be read.
+  """
+  settings.check(config)
+  resolved = experiment.resolved(config)
+  watch = application.Watch(resolved, sys.stderr, bar=True)
+  with contextlib.closing(watch):
+    histories = experiment.run(
+      config, lambda event: watch.add(event, time.perf_counter())
+    )
+  return Run(resolved, histories)
+
+
+def compute(config: ml_collections.ConfigDict, workdir: str) -> Report:
+  """Computes a study, as `train.py` does; it goes on in a folder that has one.
+
+  Args:
+    config: Like that of ``study.default_config()``.
+    workdir: A folder for its cells, its report and its pictures.
+
+  Returns:
+    A `Report`, which a notebook shows.
+
+  Raises:
+    ValueError: The config is bad.
+    OSError: Data cannot be read, or files not written.
+    KeyboardInterrupt: It was interrupted; the report is of what there is.
+    RuntimeError: Some cells could not be computed; it was said why.
+  """
+  found = studying.check(config)
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    stack.callback(files.lock(folder))
+    code = studying.run(config, found, folder, bar=True)
+  if code == application.INTERRUPTED:
+    raise KeyboardInterrupt
+  if code != application.DONE:
+    raise RuntimeError('some cells could not be computed')
+  return Report(folder)

@@ -1,0 +1,93 @@
+"""Notebooks show what runs and studies come to."""
+
+import html
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from gsgd_jax import experiment, notebook, report, settings, study, studying
+
+pytestmark = pytest.mark.usefixtures('as_users_run_it')
+
+
+def config_of(**changes):
+  config = settings.default_config()
+  config.update(
+    dict(dataset='iris', model='softmax_regression', workers=4, seeds=2)
+  )
+  config.update(dict(updates=24, evaluate_every=12, **changes))
+  return config
+
+
+def pictures(page):
+  return re.findall(r'src="data:image/png;base64,iVBORw0KGgo', page)
+
+
+def test_a_run_is_a_bar_a_table_and_pictures(capsys):
+  config = config_of(methods=('sequential', 'asynchronous'))
+  run = notebook.train(config)
+  bar = capsys.readouterr().err
+  assert '100%|' in bar and 'asynchronous' in bar
+  expected = experiment.run(config)
+  for name, history in expected.items():
+    np.testing.assert_array_equal(
+      run.histories[name].test_accuracy, history.test_accuracy
+    )
+  page = run._repr_html_()
+  assert html.escape(report.table(run.histories)) in page
+  assert len(pictures(page)) == 2
+  alone = notebook.Run(run.config, {'sequential': run.histories['sequential']})
+  assert len(pictures(alone._repr_html_())) == 1
+
+
+def test_a_bad_config_shows_no_bar(capsys):
+  with pytest.raises(ValueError, match='workers must be'):
+    notebook.train(config_of(methods=('asynchronous',), workers=0))
+  assert not capsys.readouterr().err
+
+
+def study_of(**changes):
+  config = study.default_config()
+  config.update(
+    dict(dataset='iris', model='softmax_regression', workers=4, jobs=0)
+  )
+  config.update(dict(updates=24, evaluate_every=12, seeds=2, lanes=2))
+  config.update(dict(tune=False, tuning_seeds=0) | changes)
+  config.axes.method = {'ASGD': {'method': 'asynchronous'}}
+  return config
+
+
+def test_a_study_shows_its_report_and_goes_on(tmp_path, capsys, monkeypatch):
+  before = signal.getsignal(signal.SIGINT)
+  found = notebook.compute(study_of(), str(tmp_path / 'study'))
+  assert '1/1' in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGINT) is before
+  page = html.unescape(re.search('srcdoc="([^"]*)"', found._repr_html_())[1])
+  assert page == (tmp_path / 'study' / 'report.html').read_text()
+  assert str(found) == (tmp_path / 'study' / 'report.md').read_text()
+  # Once more in the same kernel: nothing is computed.
+  monkeypatch.setattr(study, 'compute', None)
+  assert notebook.compute(study_of(), str(tmp_path / 'study')) == found
+
+
+def test_a_study_that_fails_says_so(tmp_path, monkeypatch):
+  def fails(sweep, cell):
+    raise ValueError('it cannot be')
+
+  monkeypatch.setattr(study, '_computed', fails)
+  with pytest.raises(RuntimeError, match='some cells could not be computed'):
+    notebook.compute(study_of(), str(tmp_path))
+
+
+def test_an_interrupted_study_is_one(tmp_path, monkeypatch):
+  def interrupted(*args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(studying, '_computed', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    notebook.compute(study_of(), str(tmp_path))
+  with pytest.raises(ValueError, match='axes'):
+    notebook.compute(study.default_config(), str(tmp_path / 'none'))
+  assert not (tmp_path / 'none').exists()
