@@ -174,7 +174,7 @@ def main(argv):
     experiment.check(config)
     if config.compilation_cache is not None:
       pathlib.Path(config.compilation_cache).mkdir(parents=True, exist_ok=True)
-    workdir = None
+    workdir: pathlib.Path | None = None
     if not config.distributed or hosts.is_first():
       workdir = _make_workdir(config, experiment, files, resuming)
       number = parallel.make_mesh(config.devices).size
@@ -182,6 +182,7 @@ def main(argv):
       application.say(f'writing to {workdir}{on}')
     if config.distributed:
       workdir = hosts.shared_folder(workdir, config)
+    assert workdir is not None  # Who runs alone is the first.
     done = application.done_before(config, workdir)
   with _once_begun():
     code = application.run(config, workdir, _BEGAN, done)

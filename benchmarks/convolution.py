@@ -13,6 +13,8 @@ in `benchmarks.guided` a forward pass of a batch is F and a gradient 3 F, and
 the replays that happened are counted. The quotient is to be at most 1.5.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ SIDE = 2048  # Of the matrices that are multiplied.
 STEPS = 5  # A call, where a step's time is measured.
 
 # Settings of `guided`, and whether a verification sample is given.
-DIAL = {
+DIAL: dict[str, tuple[dict[str, Any], bool]] = {
   'free scoring': (dict(), False),
   'exact': (dict(revisit=None), True),
 }

@@ -46,7 +46,7 @@ def sizes(shape):
 
 def read(text):
   """By computation, a program's instructions in their order."""
-  computations = {}
+  computations, here = {}, []
   for line in text.splitlines():
     if head := re.match(r'(ENTRY )?%(\S+) \(.*\{$', line):
       here = computations['ENTRY' if head[1] else head[2]] = []

@@ -1,5 +1,7 @@
 """The network that the benchmarks train: one hidden layer, a batch of 64."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,7 +9,7 @@ import optax
 BATCH = 64
 
 
-def problem(sizes: tuple[int, int, int]):
+def problem(sizes: Sequence[int]):
   """Parameters for (inputs, hidden units, classes), and a batch."""
   inputs, hidden, classes = sizes
   keys = jax.random.split(jax.random.key(0), 4)

@@ -120,7 +120,8 @@ def cells(text):
   between = set()
   for start, end, _ in collectives:
     between |= set(range(start + 1, end or 0))
-  products, flops, _ = map(sum, zip(*does, strict=True))
+  products = sum(one.products for one in does)
+  flops = sum(one.flops for one in does)
   inside = sum(does[x].products for x in between)
   share = sum(does[x].flops for x in between) / flops
   return [

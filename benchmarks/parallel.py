@@ -14,6 +14,8 @@ for an arriving gradient, over its size, which is the floor: it crosses once
 device over N / D of these.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def rounds_of(arrivals, workers, calls):
   tx = gsgd_jax.asynchronous(optax.identity(), workers, arrivals=arrivals)
 
   def step(state, _):
-    _, state = tx.update(jnp.zeros([1]), state)
+    state: Any = tx.update(jnp.zeros([1]), state)[1]
     return state, state.worker
 
   state = tx.init(jnp.zeros([1]))
@@ -98,7 +100,7 @@ def speeds(name, arrivals, at_once):
   sizes = tuple(map(int, name.split('-')))
   params, batch = mlp.problem(sizes)
   rows, loss_fn = rows_of_batches(batch, _CALLS.value)
-  made = {'one by one': one_by_one(loss_fn, rows, arrivals)}
+  made: dict[Any, Any] = {'one by one': one_by_one(loss_fn, rows, arrivals)}
   for width in at_once:
     made[width] = in_rounds(loss_fn, rows, arrivals, width)
   programs = {key: run for key, (run, _) in made.items()}
@@ -124,7 +126,7 @@ def messages(name, arrivals, keep_params):
   )
   params, state = program.init(params)
   lowered = jax.jit(program.step).lower(params, state, rows)
-  found = hlo.collectives(lowered.compile().as_text())
+  found = hlo.collectives(lowered.compile().as_text() or '')
   gradient = sum(p.nbytes for p in jax.tree.leaves(params))
   # One loop sends arriving gradients; what it does not is the chunk's losses.
   sent = max(found.values())

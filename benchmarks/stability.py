@@ -382,7 +382,9 @@ METHODS = {
 
 def theory(method: Method, tau: int) -> float:
   """The largest stable nominal step of a linear method."""
-  stable = lambda etas: np.array([method.radius(e, tau) < 1 for e in etas])
+  radius = method.radius
+  assert radius is not None
+  stable = lambda etas: np.array([radius(e, tau) < 1 for e in etas])
   return largest_stable(stable, 1e-6)
 
 
@@ -712,7 +714,7 @@ def draw(path: pathlib.Path, found) -> None:
 def _label_ends(axes, lines, found):
   """Labels to the right of the lines' ends, moved apart."""
   ends = {name: math.log10(effective(found, name)[-1]) for name in lines}
-  names = sorted(ends, key=ends.get)
+  names = sorted(ends, key=ends.__getitem__)
   low, high = np.log10(axes.get_ylim())
   height = 0.042 * (high - low)
   places = np.array([ends[name] for name in names])

@@ -31,7 +31,9 @@ _DATASETS = flags.DEFINE_list(
 _GRID = flags.DEFINE_list(
   'grid', [], "Further flags of the grid's `train.py`, to make it smaller."
 )
-_LANES = flags.DEFINE_list('lanes', [1, 4, 16, 32, 64], 'Runs at once.')
+_LANES = flags.DEFINE_list(
+  'lanes', ['1', '4', '16', '32', '64'], 'Runs at once.'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds that are timed.')
 _UPDATES = flags.DEFINE_integer('updates', 840, 'Of the runs of one program.')
 _PART = flags.DEFINE_string(

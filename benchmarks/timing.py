@@ -6,19 +6,21 @@ times every program once, so that what slows the machine slows all of them.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import tqdm
 
+Name = TypeVar('Name', bound=Hashable)
+
 
 def medians(
-  programs: Mapping[str, Callable[[Any], Any]],
-  carries: dict[str, Any],
+  programs: Mapping[Name, Callable[[Any], Any]],
+  carries: dict[Name, Any],
   rounds: int,
   warmup: int = 1,
-) -> dict[str, float]:
+) -> dict[Name, float]:
   """Median seconds a call of each program, its carry fed back to it.
 
   Args:
@@ -30,7 +32,7 @@ def medians(
   Returns:
     A name's median time in seconds.
   """
-  times: dict[str, list[float]] = {name: [] for name in programs}
+  times: dict[Name, list[float]] = {name: [] for name in programs}
   for i in tqdm.trange(rounds + warmup, leave=False, desc='rounds'):
     for name, program in programs.items():
       start = time.perf_counter()
@@ -40,7 +42,7 @@ def medians(
   return {name: statistics.median(t) for name, t in times.items()}
 
 
-def print_table(head: list[str], rows: list[list[str]]) -> None:
+def print_table(head: Sequence[str], rows: list[list[str]]) -> None:
   """A table in Markdown."""
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   for row in [head, ['-' * w for w in widths], *rows]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gsgd_jax import _protocol, _ring, clock
 from gsgd_jax.arrivals import ArrivalProcess
@@ -91,7 +92,9 @@ def next_arrival(cluster: Cluster) -> tuple[jax.Array, Time]:
   return worker, clock.at(cluster.finish, worker)
 
 
-def arrives_within(cluster: Cluster, now: Time, span: Time) -> jax.Array:
+def arrives_within(
+  cluster: Cluster, now: Time, span: Time
+) -> jax.Array | np.ndarray:
   """Whether a gradient, and not a lost one, arrives so soon after now."""
   finish = cluster.finish
   if cluster.lost is not None:
@@ -158,7 +161,7 @@ def all_started(
   finish, lost = jax.vmap(lambda worker: _task(process, cluster, worker, now))(
     workers
   )
-  if lost is not None:
+  if lost is not None and cluster.lost is not None:
     lost = jnp.where(starting, lost, cluster.lost)
   return cluster._replace(
     finish=clock.where(starting, finish, cluster.finish), lost=lost

@@ -151,7 +151,7 @@ class _Round(NamedTuple):
   size: int
 
   def local_init(self, params):
-    state = rounds.transformation(self.settings).init(params)
+    state: Any = rounds.transformation(self.settings).init(params)
     if not self.settings.collects:
       return state
     batches = jax.tree.map(lambda x: x[: self.size], state.sums.batch)
@@ -175,7 +175,7 @@ class _Round(NamedTuple):
     first = state.count
     more = jnp.minimum(self.settings.wait_for - first, number - call)
     # This device's places in the round, and their calls, if it is their turn.
-    places = self.devices.index() * self.size
+    places = self.devices.this() * self.size
     places += jnp.arange(self.size, dtype=jnp.int32)
     there = (first <= places) & (places < first + more)
     own = jnp.where(there, call + places - first, 0)
@@ -279,6 +279,7 @@ def asynchronous(
 
   def local_init(params):
     state = staleness.begin(own, params)
+    assert state.in_flight is not None  # There are several workers.
     cut = lambda tree: jax.tree.map(lambda x: x[:per_device], tree)
     slots = cut(state.in_flight._replace(batch=None))
     return state._replace(
@@ -347,6 +348,7 @@ def delayed_all_reduce(
 
   def begin(server, params, copies):
     state = staleness.begin(server, params)
+    assert state.in_flight is not None  # There is a delay.
     own_ones = lambda x: jnp.concatenate([x] * copies)
     latest = jax.tree.map(lambda x: x[0], state.in_flight)
     latest = latest._replace(
@@ -418,6 +420,7 @@ def as_on_one(kind: str, state: Any, devices: int) -> Any:
   if not isinstance(state, DelayedAllReduceState):
     return state
   server, latest = state
+  assert server.in_flight is not None  # There is a delay.
   mean = lambda x: x.reshape(devices, -1, *x.shape[1:]).mean(axis=0)
   rings = server.in_flight._replace(
     updates=jax.tree.map(mean, server.in_flight.updates),
@@ -518,7 +521,7 @@ def _mean_loss(loss_fn, devices):
   return lambda params, share: devices.mean(loss_fn(params, share))
 
 
-def share_like(batch_like, devices):
+def share_like(batch_like: Any, devices: Any) -> Any:
   """Shapes of a device's share of a batch."""
   size = _examples(batch_like)
   if size is not None:

@@ -38,7 +38,9 @@ class Model(NamedTuple):
   needs_keys: bool = False
 
 
-def functions_of(make, dropout=0.0):
+def functions_of(
+  make: Callable[[nnx.Rngs], Any], dropout: float = 0.0
+) -> Model:
   """`make(rngs)`, a network, as pure functions of its parameters."""
   network = nnx.eval_shape(lambda key: make(nnx.Rngs(key)), jax.random.key(0))
   structure, params, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)

@@ -17,13 +17,15 @@ A transformation that changes where a worker *reads* says so in its state, by
 reads through (a second optimizer's, a worker's own) is wrapped in `Unread`.
 """
 
+import contextlib
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -89,6 +91,10 @@ class ServerGradients(NamedTuple):
   batches: jax.Array  # How many workers' batches each is of.
 
 
+Tree = TypeVar('Tree')
+# States may hold None, which `optax.OptState` does not know.
+State = Any
+
 PACKET = ('value', 'batch', 'staleness', 'worker', 'stale_params')
 
 
@@ -98,7 +104,7 @@ class Unread(NamedTuple):
   state: Any
 
 
-def worker_params(params: optax.Params, state: optax.OptState) -> optax.Params:
+def worker_params(params: Tree, state: optax.OptState) -> Tree:
   r"""The parameters at which a worker takes its next gradient.
 
   .. math::
@@ -210,7 +216,9 @@ def of_joined_batches(state: optax.OptState, batches: int) -> optax.OptState:
   return jax.tree.map(joined, state, is_leaf=lambda x: isinstance(x, kinds))
 
 
-def check_per_worker(who: str, workers: int, inner_state: optax.OptState):
+def check_per_worker(
+  who: str, workers: int, inner_state: optax.OptState
+) -> None:
   """Raises where a server keeps the state of fewer workers than there are."""
   for kept in announced(inner_state, PerWorker):
     for leaf in jax.tree.leaves(kept.tree):
@@ -273,6 +281,11 @@ def count_or_traced(name: str, given: Any, minimum: int = 1) -> Any:
     given = given.item()
   whole = isinstance(given, float) and given.is_integer()
   return positive_int(name, int(given) if whole else given, minimum)
+
+
+def one_more(count: jax.Array) -> jax.Array:
+  """A count of calls, an int32 that stays at its largest."""
+  return jnp.asarray(optax.safe_increment(count))
 
 
 def broadcast(name: str, prefix: Any, tree: Any) -> Any:
@@ -352,16 +365,15 @@ def scalar_value(who: str, extra_args: dict[str, Any]) -> jax.Array | None:
   value = extra_args.get('value')
   if value is None:
     return None
-  got = repr(value)
-  try:
-    given = jnp.asarray(value)
-    got = f'shape {given.shape} and dtype {given.dtype}'
-    real = any(
-      jnp.issubdtype(given.dtype, kind) for kind in (jnp.integer, jnp.floating)
-    )
-  except (TypeError, ValueError):
-    real = False
-  if not real or given.shape != ():
+  given, got = None, repr(value)
+  with contextlib.suppress(TypeError, ValueError):
+    array = jnp.asarray(value)
+    got = f'shape {array.shape} and dtype {array.dtype}'
+    if any(
+      jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)
+    ):
+      given = array
+  if given is None or given.shape != ():
     raise ValueError(
       f'{who} needs `value` to be a real scalar (the loss of the batch), got '
       f'{got}; pass value=loss to update'
@@ -369,7 +381,7 @@ def scalar_value(who: str, extra_args: dict[str, Any]) -> jax.Array | None:
   return given.astype(score_dtype())
 
 
-def score_dtype():
+def score_dtype() -> np.dtype:
   """float32, or float64 where x64 is on."""
   return jnp.zeros(()).dtype
 

@@ -28,7 +28,7 @@ from gsgd_jax import _protocol, _ring, staleness
 class Calls(NamedTuple):
   """What the calls of a chunk bring, by their number in it (traced)."""
 
-  batch: Callable[[jax.Array], Any]  # The whole batch.
+  batch: Callable[[jax.Array], Any] | None  # The whole batch, if need be.
   share: Callable[[jax.Array], Any]  # This device's share of it.
   extras: Callable[[jax.Array], dict[str, Any]]  # Other extra arguments.
 
@@ -69,7 +69,7 @@ class _Carry(NamedTuple):
 def advance(
   server: staleness.Server,
   devices: Any,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   size: Size,
   params: optax.Params,
   state: staleness.AsynchronousState,
@@ -189,7 +189,7 @@ def _reader_added(server, devices, size, calls, carry, active):
   device = worker % devices.number
   place = _ring.read(pending.number, device)
   read = _protocol.worker_params(carry.params, state.inner_state)
-  mine = active & (device == devices.index())
+  mine = active & (device == devices.this())
   reads = _ring.write(carry.reads, jnp.where(mine, place, size.workers), read)
   in_flight = state.in_flight
   if in_flight.batch is not None:
@@ -215,9 +215,9 @@ def _reader_added(server, devices, size, calls, carry, active):
 def _gradients_taken(server, devices, loss_fn, size, calls, carry):
   """Every device takes its pending workers' gradients: nobody is pending."""
   pending = carry.pending
-  number = _ring.read(pending.number, devices.index())
-  workers = _ring.read(pending.worker, devices.index())
-  call_of = _ring.read(pending.call, devices.index())
+  number = _ring.read(pending.number, devices.this())
+  workers = _ring.read(pending.worker, devices.this())
+  call_of = _ring.read(pending.call, devices.this())
 
   def one(read, call, slot):
     batch = calls.batch(call)

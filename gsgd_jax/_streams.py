@@ -4,7 +4,7 @@ import concurrent.futures
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from gsgd_jax import _prepared, batches
 
 _CHUNK = 64  # Images that a thread decodes in turn.
 _BUFFER = 2**27  # Bytes of images that a stream reads ahead.
+
+
+Numbers = Sequence[int] | np.ndarray
 
 
 class Images(NamedTuple):
@@ -25,7 +28,7 @@ class Images(NamedTuple):
     """How many there are."""
     return len(self.labels)
 
-  def gather(self, rows: Sequence[int]) -> 'Images':
+  def gather(self, rows: Numbers) -> 'Images':
     """Those of these numbers."""
     return Images(self.inputs[rows], self.labels[rows])
 
@@ -39,11 +42,11 @@ class Streamed:
     records: Sequence[dict],
     shape: tuple[int, int, int],
     positions: dict[int, int],
-    rows: Sequence[int] | None = None,
-  ):
+    rows: Numbers | None = None,
+  ) -> None:
     """See :func:`read`, which makes them."""
-    self.name = prepared.name
-    self.shape = shape
+    self.name: str = prepared.name
+    self.shape: tuple[int, int, int] = shape
     self._prepared = prepared
     self._records = records
     self._positions = positions  # Of labels, among the classes.
@@ -54,21 +57,21 @@ class Streamed:
     """How many there are."""
     return len(self._rows)
 
-  def part(self, rows: Sequence[int]) -> 'Streamed':
+  def part(self, rows: Numbers) -> 'Streamed':
     """Those of these numbers, which are numbered anew."""
     rows = np.asarray(self._rows)[np.asarray(rows)]
     return Streamed(
       self._prepared, self._records, self.shape, self._positions, rows
     )
 
-  def gather(self, rows: Sequence[int]) -> Images:
+  def gather(self, rows: Numbers) -> Images:
     """Reads those of these numbers."""
     images = _empty((len(rows),), self.shape)
     for i, row in enumerate(rows):
       self._decode(int(self._rows[row]), images, i)
     return images
 
-  def read(self, rows: Sequence[int]) -> Images:
+  def read(self, rows: Numbers) -> Images:
     """As `gather`, in several threads and with a progress bar: for many."""
     images = _empty((len(rows),), self.shape)
     self._in_threads(rows, lambda i, row: self._decode(row, images, i))
@@ -76,7 +79,7 @@ class Streamed:
       array.flags.writeable = False
     return images
 
-  def labels_of(self, rows: Sequence[int]) -> np.ndarray:
+  def labels_of(self, rows: Numbers) -> np.ndarray:
     """The labels of some as they are stored, int64."""
     labels = np.empty(len(rows), np.int64)
 
@@ -130,6 +133,7 @@ class Streamed:
     except Exception as e:  # Of any kind: files may hold anything.
       what = self._prepared.broken(e, f'record {row}: ')
       raise _prepared.DamagedData(what) from e
+    assert self._prepared.keys is not None  # It has labels; see `images`.
     return tuple(example[key] for key in self._prepared.keys)
 
   def _decode(self, row, images, i):
@@ -158,7 +162,7 @@ class Streamed:
 class Stream:
   """Batches as a function of the seed and the step, read ahead in threads."""
 
-  def __init__(self, images: Streamed, batch_size: int, seed: int):
+  def __init__(self, images: Streamed, batch_size: int, seed: int) -> None:
     """See :meth:`Streamed.batches`, which makes them."""
     import grain
 
@@ -176,7 +180,7 @@ class Stream:
     )
     source = _Batches(images, batch_size, seed)
     batches = grain.MapDataset.source(source).to_iter_dataset(options)
-    self._iterator = iter(batches)
+    self._iterator: Any = iter(batches)  # It takes the source for a tuple.
 
   def take(self, first_step: int, length: int) -> Images:
     """The batches of some steps, the fastest where they follow on.

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gsgd_jax import _protocol
 
 
 def in_pieces(
-  loss_fn: Callable[[optax.Params, Any], jax.Array], pieces: int
-) -> Callable[[optax.Params, Any], jax.Array]:
+  loss_fn: Callable[[Any, Any], jax.Array], pieces: int
+) -> Callable[[Any, Any], jax.Array]:
   r"""The same mean loss, taken over a batch's pieces one after another.
 
   .. math::

@@ -32,7 +32,10 @@ from gsgd_jax import (
   resuming,
 )
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE: int = 0
+FAILED: int = 1
+BAD_INPUT: int = 2
+INTERRUPTED: int = 130
 _SIGNALS = tuple(
   getattr(signal, name)
   for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
@@ -411,15 +414,16 @@ class Watch:
     config: ml_collections.ConfigDict,
     stream: TextIO,
     bar: bool | None = None,
-  ):
+  ) -> None:
     self._updates = config.updates
     self._methods = [m.name for m in events.methods(config)]
     self._total = config.updates * len(self._methods)
     self._stream = stream
     self._began = self._said = time.perf_counter()
     self._accuracy = math.nan
-    self._start = None  # Of the method: time and step of its first progress.
-    self._bar = None
+    # Of the method: time and step of its first progress.
+    self._start: tuple[float, int] | None = None
+    self._bar: tqdm.tqdm | None = None
     if stream.isatty() if bar is None else bar:
       self._bar = tqdm.tqdm(
         total=self._total,
@@ -454,6 +458,7 @@ class Watch:
       words.append(f'validation {self._accuracy:.1%}')
     if not math.isnan(event.staleness):
       words.append(f'staleness {event.staleness:.1f}')
+    assert self._start is not None  # This is progress.
     began, step = self._start
     if when > began and event.step > step:
       rate = (event.step - step) / (when - began)
@@ -483,7 +488,8 @@ class Watch:
     try:
       yield self._bar
     except OSError:
-      self._bar.disable = True  # It says no more, not even that it ends.
+      if self._bar is not None:
+        self._bar.disable = True  # It says no more, not even that it ends.
       self._bar = None
 
   def _say(self, text, when, always=False):

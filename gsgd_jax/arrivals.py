@@ -89,7 +89,7 @@ class ArrivalProcess(NamedTuple):
     return frozenset(o.worker for o in self.outages if o.back == math.inf)
 
 
-_UNIT = Time(np.int32(1), np.int32(0))
+_UNIT = Time(np.array(1, np.int32), np.array(0, np.int32))
 
 
 def round_robin() -> ArrivalProcess:
@@ -142,24 +142,25 @@ def fixed_speeds(speeds: Sequence[float]) -> ArrivalProcess:
     ...     optax.sgd(0.1), workers=3,
     ...     arrivals=gsgd_jax.fixed_speeds([2.0, 1.0, 0.25]))
   """
+  given: Any = speeds
   try:
-    speeds = np.asarray(speeds, np.float64)
-    valid = speeds.ndim == 1 and np.all((speeds > 0) & (speeds < np.inf))
+    given = np.asarray(speeds, np.float64)
+    valid = given.ndim == 1 and np.all((given > 0) & (given < np.inf))
   except (TypeError, ValueError):
     valid = False
   if not valid:
     raise ValueError(
-      f'speeds must be positive numbers, got {_protocol.in_a_line(speeds)}'
+      f'speeds must be positive numbers, got {_protocol.in_a_line(given)}'
     )
 
   def init(workers, key):
     del key
-    if len(speeds) != workers:
+    if len(given) != workers:
       raise ValueError(
-        f'speeds must be as many as the workers, got {len(speeds)} for '
+        f'speeds must be as many as the workers, got {len(given)} for '
         f'{workers} workers'
       )
-    return clock.arrays(clock.of_float64(1 / speeds))
+    return clock.arrays(clock.of_float64(1 / given))
 
   def duration(times, worker, task, now):
     del task, now
@@ -283,12 +284,15 @@ def _random(table, machine_cv):
 
   def duration(machines, worker, task, now):
     del now
-    mean = None if means is None else machines.mean[worker]
-    if table is None:
-      return _UNIT if mean is None else _sampling.as_time(mean, means.bits)
-    number = _sampling.draw(table, machines.key, (worker, task))
-    if mean is None:
+    if means is None:
+      if table is None:
+        return _UNIT
+      number = _sampling.draw(table, machines.key, (worker, task))
       return _sampling.as_time(number, table.bits)
+    mean = machines.mean[worker]
+    if table is None:
+      return _sampling.as_time(mean, means.bits)
+    number = _sampling.draw(table, machines.key, (worker, task))
     return _sampling.product(number, table.bits, mean, means.bits)
 
   return ArrivalProcess(init, duration)

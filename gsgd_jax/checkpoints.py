@@ -35,7 +35,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from gsgd_jax import files, models, settings, tasks
+from gsgd_jax import data, files, models, settings, tasks
 
 FOLDER = 'checkpoints'
 _DIGESTS = 'digests.json'
@@ -167,7 +167,7 @@ def _trained(found, seed, which):
     step = np.array(step) if seed is None else step[seed]
   learned = position['learned']
   model = tasks.make_model(
-    config, Learned(tuple(learned['shape']), tuple(learned['classes']))
+    config, data.Learned(tuple(learned['shape']), tuple(learned['classes']))
   )
   one = jax.eval_shape(model.init, jax.random.key(0))
   like = jax.tree.map(lambda x: np.empty((seeds, *x.shape), x.dtype), one)
@@ -175,13 +175,6 @@ def _trained(found, seed, which):
   if seed is not None:
     params = jax.tree.map(lambda x: x[seed], params)
   return Trained(params, model, step, config)
-
-
-class Learned(NamedTuple):
-  """What a model needs to know of a data set."""
-
-  shape: tuple[int, ...]
-  classes: tuple[str, ...]
 
 
 def config_of(position: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -387,7 +380,7 @@ class Writer:
     flush: Callable[[], Any] = lambda: None,
     serial: int = 0,
     first: bool = True,
-  ):
+  ) -> None:
     self._root = root.absolute()
     self._keep = config.checkpoints
     minutes = config.checkpoint_minutes
@@ -401,8 +394,8 @@ class Writer:
     self._saved_at = time.monotonic()
     self._step = 0  # Of the last checkpoint.
     self._kept = []  # Folders of this method, from the oldest on.
-    self._thread = None
-    self._checkpointer = None
+    self._thread: threading.Thread | None = None
+    self._checkpointer: Any = None  # Of orbax, loaded where it is needed.
     self._failed = False
     _never_heard()
 
@@ -597,7 +590,7 @@ def _handler(items):
   """How orbax writes: numbers that look random are not worth compressing."""
   import orbax.checkpoint as ocp
 
-  arrays = {
+  arrays: dict[str, Any] = {
     n: ocp.PyTreeCheckpointHandler(use_compression=False) for n in items
   }
   return ocp.CompositeCheckpointHandler(

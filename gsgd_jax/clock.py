@@ -40,11 +40,13 @@ class Time(NamedTuple):
     ...     duration=lambda state, worker, task, now: gsgd_jax.Time(one, one))
   """
 
-  whole: jax.Array
-  ticks: jax.Array
+  whole: jax.Array | np.ndarray
+  ticks: jax.Array | np.ndarray
 
 
-def simulated_time(state: optax.OptState) -> jax.Array | np.floating:
+def simulated_time(
+  state: optax.OptState,
+) -> jax.Array | np.ndarray | np.floating:
   r"""The simulated clock, in mean gradient computations.
 
   .. math::
@@ -173,7 +175,7 @@ def of(units: Any) -> Time:
   return where(comes, Time(whole, ticks & (TICKS - 1)), never(whole.shape))
 
 
-def in_units(time: Time) -> jax.Array | np.ndarray:
+def in_units(time: Time) -> jax.Array | np.ndarray | np.floating:
   """As a float: NumPy's float64 where it is known, else JAX's default float.
 
   That is exact up to 2^23 units where it is known; a float32 is the exact
@@ -211,17 +213,20 @@ def arrays(time: Time) -> Time:
 def fractions(number: int) -> Time:
   """1 / n, 2 / n, ..., 1, to the nearest tick; also of a huge number."""
   top = jnp.arange(1, number + 1, dtype=jnp.uint32)
-  number = jnp.uint32(number)
+  divisor = jnp.uint32(number)
 
   def digit(_, carry):  # Long division, in base 2.
     quotient, rest = carry
-    more = rest * 2 >= number
+    more = rest * 2 >= divisor
     digit = jnp.where(more, jnp.uint32(1), jnp.uint32(0))
-    return quotient * 2 + digit, rest * 2 - digit * number
+    return quotient * 2 + digit, rest * 2 - digit * divisor
 
-  carry = (jnp.where(top == number, jnp.uint32(1), jnp.uint32(0)), top % number)
+  carry = (
+    jnp.where(top == divisor, jnp.uint32(1), jnp.uint32(0)),
+    top % divisor,
+  )
   ticks, rest = lax.fori_loop(0, _BITS, digit, carry)
-  rounded_up = (rest * 2 >= number).astype(jnp.int32)
+  rounded_up = (rest * 2 >= divisor).astype(jnp.int32)
   ticks = ticks.astype(jnp.int32) + rounded_up
   return Time(ticks >> _BITS, ticks & (TICKS - 1))
 
@@ -249,13 +254,13 @@ def scale(time: Time, factor: float) -> Time:
   return where(is_never(time), never(units.shape), of(units * factor))
 
 
-def at_most(time: Time, other: Time) -> jax.Array:
+def at_most(time: Time, other: Time) -> jax.Array | np.ndarray:
   """Whether `time` is not later than `other`."""
   same = (time.whole == other.whole) & (time.ticks <= other.ticks)
   return (time.whole < other.whole) | same
 
 
-def where(condition: jax.Array, time: Time, other: Time) -> Time:
+def where(condition: jax.Array | bool, time: Time, other: Time) -> Time:
   """`time` where the condition holds, else `other`."""
   return Time(
     jnp.where(condition, time.whole, other.whole),

@@ -8,7 +8,6 @@ arguments that follow from the cluster: N workers, D = N - 1 updates of delay.
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import optax
 import gsgd_jax
 from gsgd_jax import _protocol, events, optimizers, settings
 
-NAMES = tuple(settings.COMPENSATIONS)
+NAMES: tuple[str, ...] = tuple(settings.COMPENSATIONS)
 CORRECTIONS = (
   'delay_compensation',
   'exact_delay_compensation',
@@ -85,7 +84,9 @@ class Parts(NamedTuple):
   needs_stale_params: bool = False
 
 
-def dana_slim(learning_rate: Any, momentum: float = 0.9):
+def dana_slim(
+  learning_rate: Any, momentum: float = 0.9
+) -> optax.GradientTransformation:
   """The server of DANA-Slim; `momentum` is the workers'."""
   _protocol.fraction('momentum', momentum)
   return optax.sgd(learning_rate)
@@ -96,7 +97,7 @@ def dana_dc(
   workers: int,
   momentum: float = 0.9,
   lam: float = 2.0,
-):
+) -> optax.GradientTransformation:
   """DANA after DC-ASGD-c."""
   return optax.chain(
     gsgd_jax.delay_compensation(lam),
@@ -119,7 +120,7 @@ def arguments_of(
   ``learning_rate``, its own where it is not that of the other methods.
   """
   given = ml_collections.ConfigDict(config.compensation_kwargs).to_dict()
-  used = {m.compensation for m in events.methods(config)} - {None}
+  used = {m.compensation for m in events.methods(config) if m.compensation}
   flat = {k: v for k, v in given.items() if k not in NAMES}
   if flat and len(used) > 1:
     argument = next(iter(flat))
@@ -134,8 +135,7 @@ def arguments_of(
     )
   arguments = flat | own
   rate = arguments.get('learning_rate', 0.0)
-  real = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
-  if not real or not 0 <= rate < math.inf:
+  if not settings.is_real(rate) or not 0 <= rate < math.inf:
     raise ValueError(
       f'the learning_rate of compensation {name} must be finite and not '
       f'negative, got {rate!r}'
@@ -257,6 +257,7 @@ def optimizer_of(
   parts: Parts, name: str, learning_rate: Any
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer that a compensation is, driven by the arrival count."""
+  assert parts.optimizer is not None  # Its caller has looked.
   return optimizers.driven(
     parts.optimizer, learning_rate, f'compensation {name}'
   )

@@ -108,12 +108,14 @@ def delay_compensation(
   if batch_size is not None:
     lam = lam * _protocol.count_or_traced('batch_size', batch_size)
 
-  def init_fn(params):
+  def init_fn(params) -> _protocol.State:
     # Squares of small gradients vanish in half precision.
     zeros = _leaves.zero_sums(params) if adaptive else None
     return DelayCompensationState(zeros)
 
-  def update_fn(updates, state, params=None, *, stale_params=None, **extra):
+  def update_fn(
+    updates, state, params=None, *, stale_params=None, **extra
+  ) -> tuple[optax.Updates, _protocol.State]:
     del extra
     _required('delay_compensation', params, stale_params)
     if not adaptive:
@@ -153,7 +155,7 @@ class ExactDelayCompensationState(NamedTuple):
 
 
 def exact_delay_compensation(
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   *,
   trust: float | None = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -230,7 +232,13 @@ def exact_delay_compensation(
     )
 
   def update_fn(
-    updates, state, params=None, *, stale_params=None, batch=None, **extra
+    updates,
+    state,
+    params: Any = None,
+    *,
+    stale_params=None,
+    batch=None,
+    **extra,
   ):
     del extra
     _required(who, params, stale_params)
@@ -329,8 +337,9 @@ def scale_by_staleness(
   """
   _protocol.one_of('rule', rule, _RULES)
   exponent = _protocol.real_or_traced('exponent', exponent)
+  number: Any = None
   if workers is not None:
-    workers = _protocol.count_or_traced('workers', workers)
+    number = _protocol.count_or_traced('workers', workers)
   elif rule == 'adaptive':
     raise ValueError("scale_by_staleness('adaptive') needs workers=N, got none")
 
@@ -339,7 +348,7 @@ def scale_by_staleness(
     if rule == 'inverse':
       return 1 / jnp.maximum(staleness, 1)
     if rule == 'adaptive':
-      return workers / jnp.maximum(_leaves.like(workers, staleness), staleness)
+      return number / jnp.maximum(_leaves.like(number, staleness), staleness)
     return (1 + staleness) ** -_leaves.like(exponent, staleness)
 
   def update_fn(updates, state, params=None, *, staleness=None, **extra):

@@ -125,7 +125,7 @@ class _Crew:
     for worker in self._workers:
       worker.kill()
       worker.wait()
-      for stream in (worker.stdin, worker.stdout):
+      for stream in filter(None, (worker.stdin, worker.stdout)):
         with contextlib.suppress(OSError):  # What it no longer reads.
           stream.close()
 

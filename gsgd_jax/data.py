@@ -30,6 +30,13 @@ class Text(NamedTuple):
   tokens: np.ndarray  # shape=(n,), int32: positions in the classes.
 
 
+class Learned(NamedTuple):
+  """What a model needs to know of a data set."""
+
+  shape: tuple[int, ...]
+  classes: tuple[str, ...]
+
+
 class Dataset(NamedTuple):
   """A data set, split into three.
 
@@ -133,7 +140,7 @@ def axes(datasets: list[Dataset]) -> Any:
   return jax.tree.map(_axis, *splits)
 
 
-def stacked(datasets: list[Dataset]) -> Any:
+def stacked(datasets: list[Dataset]) -> tuple[Any, Any, Any]:
   """(train, validation or None, test) of all seeds.
 
   Arrays in which seeds differ have a leading axis of seeds, see `axes`.
@@ -262,11 +269,10 @@ def load(
       f'{name} holds numbers too large to be scaled, up to '
       f'{np.abs(source.inputs).max():g}'
     )
-  splits = [
-    Examples(inputs[r], source.labels[r]) if len(r) else None for r in rows
-  ]
-  train = _noisy(splits[0], len(source.classes), label_noise, seed)
-  if len(np.unique(splits[0].labels)) < 2:
+  part = lambda rows: Examples(inputs[rows], source.labels[rows])
+  train, test = part(rows[0]), part(rows[2])
+  validation = part(rows[1]) if len(rows[1]) else None
+  if len(np.unique(train.labels)) < 2:
     raise ValueError(
       f'the {len(rows[0])} training examples of {name}, seed {seed}, are all '
       'of one class; give more data or a larger train_share'
@@ -274,7 +280,8 @@ def load(
   shape = sources.IMAGES.get(name, inputs.shape[1:])
   if preprocessing == 'author':  # A constant 1 is no pixel.
     shape = inputs.shape[1:]
-  return Dataset(name, source.classes, train, *splits[1:], shape)
+  train = _noisy(train, len(source.classes), label_noise, seed)
+  return Dataset(name, source.classes, train, validation, test, shape)
 
 
 @functools.cache
@@ -290,8 +297,10 @@ def _text(name, context, train_share, validation_share):
         f'{len(split):,} for {part}, and context={context} needs '
         f'{context + 1:,}; give a longer text or a smaller context'
       )
-  splits = [Text(split) if len(split) else None for split in splits]
-  return Dataset(name, classes, *splits, (context,))
+  train, validation, test = map(Text, splits)
+  if not len(validation.tokens):
+    validation = None
+  return Dataset(name, classes, train, validation, test, (context,))
 
 
 @functools.cache
@@ -303,20 +312,30 @@ def _images(name, validation_share, data_dir, image_size, stream):
   read = images.read(name, data_dir, image_size=image_size, stream=stream)
   order = np.random.default_rng(_SPLIT).permutation(read.train.examples)
   rows = _split(name, order, 1 - validation_share, validation_share, test=False)
-  scale, stream = (read.mean, read.deviation), None
+  stream = None
   if isinstance(read.train, images.Streamed):
     stream = read.train.part(rows[0])
-    of_rows = lambda split, rows: split.read(rows[:_SAMPLE])
-    test = of_rows(read.test, range(read.test.examples))
-  else:
-    of_rows, test = images.Images.gather, read.test
-  splits = [
-    Examples(*of_rows(read.train, part)) if len(part) else None
-    for part in rows[:2]
-  ]
+  test = _held(read.test)
+  train = _held(read.train, rows[0])
+  validation = _held(read.train, rows[1]) if len(rows[1]) else None
   return Dataset(
-    name, read.classes, *splits, Examples(*test), read.shape, scale, stream
+    name,
+    read.classes,
+    train,
+    validation,
+    test,
+    read.shape,
+    (read.mean, read.deviation),
+    stream,
   )
+
+
+def _held(split: images.Images | images.Streamed, rows=None):
+  """Examples of a split, or of some rows; of what is streamed a sample."""
+  if isinstance(split, images.Streamed):
+    rows = range(split.examples) if rows is None else rows
+    return Examples(*split.read(rows[:_SAMPLE]))
+  return Examples(*(split if rows is None else split.gather(rows)))
 
 
 _PARTS = ('training', 'validation', 'testing')

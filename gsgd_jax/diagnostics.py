@@ -91,7 +91,7 @@ def record_staleness(
     total = (state.total[0] + (low >> _LOW_BITS), low & (2**_LOW_BITS - 1))
     bin_ = jnp.minimum(staleness // state.bin_width, bins - 1)
     return updates, StalenessRecord(
-      count=optax.safe_increment(state.count),
+      count=_protocol.one_more(state.count),
       latest=staleness,
       maximum=jnp.maximum(state.maximum, staleness),
       total=total,

@@ -215,10 +215,14 @@ class History(NamedTuple):
 class Results:
   """Collects events into a history for each method."""
 
-  def __init__(self, config: ml_collections.ConfigDict):
+  def __init__(self, config: ml_collections.ConfigDict) -> None:
     self._seeds = config.seeds
-    self._evaluations = {m: [] for m in methods(config)}
-    self._ends = {m: ('not_started', None) for m in self._evaluations}
+    self._evaluations: dict[Method, list[Evaluation]] = {
+      m: [] for m in methods(config)
+    }
+    self._ends: dict[Method, tuple[str, str | None]] = {
+      m: ('not_started', None) for m in self._evaluations
+    }
 
   def add(self, event: Event) -> None:
     """Takes the next event."""

@@ -132,7 +132,7 @@ def plain(value: Any) -> Any:
 class Lines:
   """A file of JSON lines that grows by whole lines."""
 
-  def __init__(self, path: pathlib.Path, more: bool = False):
+  def __init__(self, path: pathlib.Path, more: bool = False) -> None:
     """Makes the file, which may only exist where there is to be more of it."""
     self._path = path
     try:
@@ -225,7 +225,7 @@ class Log:
     config: ml_collections.ConfigDict,
     began: float,
     kept: dict[str, int] | None = None,
-  ):
+  ) -> None:
     metrics, timing = (
       workdir / f'{name}.jsonl' for name in ('metrics', 'timing')
     )

@@ -61,7 +61,7 @@ class GuidedState(NamedTuple):
 
 def guided(
   inner: optax.GradientTransformation,
-  loss_fn: Callable[[optax.Params, Any], jax.Array] | None = None,
+  loss_fn: Callable[[Any, Any], jax.Array] | None = None,
   *,
   window: int = 10,
   replays: int | None = None,
@@ -222,7 +222,7 @@ def guided(
     optax.identity() if through_inner else replay_with
   )
 
-  def init_fn(params):
+  def init_fn(params) -> _protocol.State:
     inner_state = inner.init(params)
     if _protocol.announced(inner_state, _protocol.Acceptance):
       raise ValueError(
@@ -242,7 +242,9 @@ def guided(
       replay_state=_protocol.Unread(replayer.init(params)),
     )
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(
+    updates, state, params=None, **extra_args
+  ) -> tuple[optax.Updates, _protocol.State]:
     value, batch = _checked_extras(rule, params, extra_args, batch_like)
     new_updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
@@ -282,7 +284,7 @@ def guided(
       )
     spent = 1 if loss_fn is None else 1 + number
     return new_updates, GuidedState(
-      count=optax.safe_increment(state.count),
+      count=_protocol.one_more(state.count),
       average_error=average,
       window=scored,
       replayed=jnp.where(ends, jnp.where(replaying, order, -1), state.replayed),
@@ -299,7 +301,7 @@ def guided(
 class _Rule(NamedTuple):
   """The settings of `guided` that its parts share."""
 
-  loss_fn: Callable[[optax.Params, Any], jax.Array] | None
+  loss_fn: Callable[[Any, Any], jax.Array] | None
   window: int
   replays: int
   revisit: int | None
@@ -308,6 +310,7 @@ class _Rule(NamedTuple):
   replay_model: str
 
   def loss(self, params, batch):
+    assert self.loss_fn is not None  # Stored gradients are not scored again.
     return jnp.asarray(self.loss_fn(params, batch), _protocol.score_dtype())
 
 

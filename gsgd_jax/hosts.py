@@ -15,9 +15,13 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 import ml_collections
 import numpy as np
+
+if TYPE_CHECKING:
+  from gsgd_jax import data
 
 # A process that says nothing for so long is dead; one that has not come yet is
 # not waited for any longer.
@@ -171,7 +175,7 @@ def _check_same(config):
     )
 
 
-def check_same_data(dataset) -> None:
+def check_same_data(dataset: 'data.Dataset') -> None:
   """Raises unless all processes have read the same data, as far as sizes say.
 
   Whether a set streams depends on a machine's memory, which version is read on

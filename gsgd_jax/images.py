@@ -164,13 +164,15 @@ def _classes(prepared, shape):
   if not (
     isinstance(feature, tfds.features.Tensor)
     and feature.shape == ()
+    # tfds says a tree of dtypes, a tensor has one.
+    # pyrefly: ignore[no-matching-overload]
     and np.dtype(feature.np_dtype).kind in 'iub'
   ):
     raise ValueError(
       f'{name} has no labels that are classes: its target {prepared.keys[1]} '
       f'is {_described(feature)}'
     )
-  if getattr(feature, 'num_classes', None):
+  if isinstance(feature, tfds.features.ClassLabel) and feature.num_classes:
     if feature.num_classes < 2:
       raise ValueError(
         f'{name} holds one class only ({feature.int2str(0)}); classification '

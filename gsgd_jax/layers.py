@@ -161,7 +161,7 @@ def _standardized(x, mean, variance):
 class _Affine(nnx.Module):
   """A learned scale and shift of every channel."""
 
-  def __init__(self, channels: int):
+  def __init__(self, channels: int) -> None:
     self.scale = nnx.Param(jnp.ones([channels], jnp.float32))
     self.bias = nnx.Param(jnp.zeros([channels], jnp.float32))
 
@@ -184,7 +184,7 @@ class GroupNorm(_Affine):
   Wu & He, `Group Normalization`, arXiv:1803.08494.
   """
 
-  def __init__(self, channels: int, groups: int):
+  def __init__(self, channels: int, groups: int) -> None:
     super().__init__(channels)
     self.groups = groups
 
@@ -207,7 +207,9 @@ class BatchNorm(_Affine):
   Ioffe & Szegedy, `Batch Normalization`, arXiv:1502.03167.
   """
 
-  def __init__(self, channels: int, dtype: jax.typing.DTypeLike = jnp.float32):
+  def __init__(
+    self, channels: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> None:
     super().__init__(channels)
     self.mean = nnx.BatchStat(jnp.zeros([channels], wide(dtype)))
     self.var = nnx.BatchStat(jnp.ones([channels], wide(dtype)))
@@ -234,7 +236,7 @@ class Convolution(nnx.Module):
     bias: bool = True,
     method: str | None = None,
     rngs: nnx.Rngs,
-  ):
+  ) -> None:
     he = nnx.initializers.he_normal()
     shape = (3, 3, channels, out)
     self.kernel = nnx.Param(he(rngs.params(), shape, jnp.float32))

@@ -7,6 +7,7 @@ one for each example, and ``None`` drops nothing.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ class MLP(nnx.Module):
     *,
     dtype: jax.typing.DTypeLike | None = None,
     rngs: nnx.Rngs,
-  ):
-    self.layers = nnx.List(
+  ) -> None:
+    self.layers: nnx.List[nnx.Linear] = nnx.List(
       nnx.Linear(n_in, n_out, dtype=dtype, rngs=rngs)
       for n_in, n_out in itertools.pairwise(sizes)
     )
@@ -58,7 +59,7 @@ class CNN(nnx.Module):
     dtype: jax.typing.DTypeLike,
     convolution: str | None,
     rngs: nnx.Rngs,
-  ):
+  ) -> None:
     height, width, channels = image_shape
     convolutions = []
     for group in groups:
@@ -81,7 +82,7 @@ class CNN(nnx.Module):
       for n_in, n_out in itertools.pairwise(sizes)
     ]
     head = nnx.Linear(sizes[-1], classes, dtype=dtype, rngs=rngs)
-    self.layers = nnx.List([*convolutions, *dense, head])
+    self.layers: nnx.List[Any] = nnx.List([*convolutions, *dense, head])
     ends = itertools.accumulate(map(len, groups))
     self.pooled = tuple(end - 1 for end in ends)
     self.dropout = dropout
@@ -106,7 +107,17 @@ class CNN(nnx.Module):
 class NormalizedConvolution(nnx.Module):
   """A convolution without bias and the norm behind it."""
 
-  def __init__(self, channels, out, *, stride, groups, dtype, method, rngs):
+  def __init__(
+    self,
+    channels: int,
+    out: int,
+    *,
+    stride: int,
+    groups: int | None,
+    dtype: jax.typing.DTypeLike,
+    method: str | None,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.convolution = layers.Convolution(
       channels, out, stride=stride, bias=False, method=method, rngs=rngs
     )
@@ -135,7 +146,7 @@ class ResNet(nnx.Module):
     dtype: jax.typing.DTypeLike,
     convolution: str | None,
     rngs: nnx.Rngs,
-  ):
+  ) -> None:
     def unit(n_in, n_out, stride=1):
       return NormalizedConvolution(
         n_in,
@@ -154,7 +165,7 @@ class ResNet(nnx.Module):
         units += [unit(n_in, n_out, n_out // n_in), unit(n_out, n_out)]
         n_in = n_out
     head = nnx.Linear(n_in, classes, dtype=dtype, rngs=rngs)
-    self.layers = nnx.List([*units, head])
+    self.layers: nnx.List[Any] = nnx.List([*units, head])
     self.dtype = dtype
 
   def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -194,10 +205,10 @@ class GPT(nnx.Module):
     dropout: float,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
-  ):
+  ) -> None:
     residual = 0.02 / (2 * blocks) ** 0.5
     sites = itertools.count()
-    self.layers = nnx.List(
+    self.layers: nnx.List[Any] = nnx.List(
       [
         Embedding(
           vocabulary, context, width, dropout, next(sites), dtype, rngs
@@ -249,7 +260,16 @@ def _linear(n_in, n_out, dtype, rngs, deviation=0.02, bias=True):
 class Embedding(nnx.Module):
   """The sum of a token's and a position's learned vector."""
 
-  def __init__(self, vocabulary, context, width, dropout, site, dtype, rngs):
+  def __init__(
+    self,
+    vocabulary: int,
+    context: int,
+    width: int,
+    dropout: float,
+    site: int,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.tokens = _normal(rngs, (vocabulary, width))
     self.positions = _normal(rngs, (context, width))
     self.dropout, self.site, self.dtype = dropout, site, dtype
@@ -266,7 +286,16 @@ class Embedding(nnx.Module):
 class Block(nnx.Module):
   """Causal attention and a two-layer MLP, each added to its input."""
 
-  def __init__(self, width, heads, residual, dropout, sites, dtype, rngs):
+  def __init__(
+    self,
+    width: int,
+    heads: int,
+    residual: float,
+    dropout: float,
+    sites: tuple[int, int],
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.norm1 = layers.LayerNorm(width)
     self.query = _linear(width, width, dtype, rngs)
     self.key = _linear(width, width, dtype, rngs)
@@ -307,7 +336,13 @@ def _attention(query_BxTxHxD, key_BxTxHxD, value_BxTxHxD):
 class Head(nnx.Module):
   """The last norm and the logits."""
 
-  def __init__(self, width, vocabulary, dtype, rngs):
+  def __init__(
+    self,
+    width: int,
+    vocabulary: int,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.norm = layers.LayerNorm(width)
     self.logits = _linear(width, vocabulary, dtype, rngs, bias=False)
     self.dtype = dtype

@@ -76,7 +76,7 @@ def _factories():
 
 def make(
   name: str,
-  learning_rate: float | Callable[[jax.Array], jax.Array] | None,
+  learning_rate: float | optax.Schedule | None,
   kwargs: Mapping[str, Any] | None = None,
   stages: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,7 +168,7 @@ def _matrices_inside(stages):
 
 def driven(
   at: Callable[[Any], optax.GradientTransformation],
-  learning_rate: float | Callable[[jax.Array], jax.Array] | None,
+  learning_rate: float | optax.Schedule | None,
   who: str,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer whose rate follows the arrival count.
@@ -355,7 +355,7 @@ def check_rates(name: str, rate: Any, arrivals: int) -> None:
 
 def with_value_fn(
   inner: optax.GradientTransformation,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Hands `inner` the loss of the *arrived* batch as a function.

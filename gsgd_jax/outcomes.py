@@ -86,11 +86,17 @@ class Context(NamedTuple):
     Without replays every model of what they cost tells the same time: a plain
     'time' then stands for each of them.
     """
-    row = self.table.get(label, {})
+    row = {} if label is None else self.table.get(label, {})
     found = row.get(budget)
     if found is None and budget.startswith('time, ') and 'time' in row:
       found = row['time'] if row['time'].method.select is None else None
     return found if found is not None and len(measured(found)[0]) else None
+
+  def known_at(self, label: str, budget: str) -> Outcome:
+    """The same of what was measured, as is known."""
+    found = self.at(label, budget)
+    assert found is not None
+    return found
 
   def budgets(self) -> list[str]:
     """The budgets that something was measured at, in the order of columns."""
@@ -234,7 +240,7 @@ def _without_method(outcome):
 
 def _position(values, axes):
   """Where a combination stands; a value that is missing comes first."""
-  out = []
+  out: list[float | None] = []
   for axis, places in axes.items():
     numbers = all(number(v) is not None for v in places)
     value = values.get(axis)
@@ -266,9 +272,9 @@ def without_workers(context: Context) -> dict[str, str]:
   return {a: v for a, v in context.values.items() if a != 'workers'}
 
 
-def main_budget(budgets: list[str]) -> str | None:
+def main_budget(budgets: list[str]) -> str:
   """The budget that methods are sorted by: equal gradient evaluations."""
-  return _MAIN if _MAIN in budgets else next(iter(budgets), None)
+  return budgets[0] if budgets and _MAIN not in budgets else _MAIN
 
 
 def measured(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
@@ -290,7 +296,9 @@ def aligned(*found: Outcome | None) -> list[np.ndarray] | None:
   seeds = common(*found)
   if not seeds:
     return None
-  by_seed = [dict(zip(*measured(o), strict=True)) for o in found]
+  by_seed = [
+    dict(zip(*measured(o), strict=True)) for o in found if o is not None
+  ]
   return [np.array([values[seed] for seed in seeds]) for values in by_seed]
 
 
@@ -303,8 +311,5 @@ def common(*found: Outcome | None) -> list[int]:
   Returns:
     Seeds; none where an outcome is missing.
   """
-  if any(outcome is None for outcome in found):
-    return []
-  return sorted(
-    set.intersection(*(set(measured(o)[0].tolist()) for o in found))
-  )
+  there = [set(measured(o)[0].tolist()) for o in found if o is not None]
+  return sorted(set.intersection(*there)) if len(there) == len(found) else []

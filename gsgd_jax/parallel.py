@@ -65,7 +65,7 @@ class Devices(NamedTuple):
   axis: str
   number: int
 
-  def index(self) -> jax.Array:
+  def this(self) -> jax.Array:
     """Which device this is."""
     if self.number == 1:
       return jnp.zeros([], jnp.int32)
@@ -93,7 +93,7 @@ class Devices(NamedTuple):
     """One device's values, on all."""
     if self.number == 1:
       return tree
-    mine = self.index() == device
+    mine = self.this() == device
     return self.total(
       jax.tree.map(lambda x: jnp.where(mine, x, jnp.zeros_like(x)), tree)
     )
@@ -105,7 +105,7 @@ class Devices(NamedTuple):
       if not _methods.is_split(x):
         return x
       size = x.shape[0] // self.number
-      return lax.dynamic_slice_in_dim(x, self.index() * size, size)
+      return lax.dynamic_slice_in_dim(x, self.this() * size, size)
 
     return jax.tree.map(cut, batch)
 
@@ -117,7 +117,7 @@ class Devices(NamedTuple):
     def gathered(x):
       """What is not shared: typed as the same everywhere."""
       there = jnp.zeros((self.number, *x.shape), x.dtype)
-      there = _ring.write(self.varying(there), self.index(), x)
+      there = _ring.write(self.varying(there), self.this(), x)
       return self.total(there).reshape(-1, *x.shape[1:])
 
     def one(x):
@@ -147,7 +147,7 @@ class Devices(NamedTuple):
     mine = lambda: fn(*args)
     return self.total(
       lax.cond(
-        self.index() == 0,
+        self.this() == 0,
         lambda: self.varying(mine()),
         lambda: self.varying(nothing()),
       )
@@ -253,7 +253,7 @@ def devices_of(mesh: Mesh | None) -> tuple[Mesh, Devices]:
 
 def data_parallel(
   inner: _methods.Inner,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   *,
   batch_like: Any = None,
   mesh: Mesh | None = None,
@@ -317,7 +317,7 @@ def data_parallel(
 
 def synchronous(
   inner: _methods.Inner,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   workers: int | None = None,
   *,
   combine: str = 'sequential',
@@ -407,7 +407,7 @@ def synchronous(
 
 def asynchronous(
   inner: _methods.Inner,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   workers: int,
   *,
   round_size: int | None = None,
@@ -512,7 +512,7 @@ def asynchronous(
 
 def delayed_all_reduce(
   inner: _methods.Inner,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  loss_fn: Callable[[Any, Any], jax.Array],
   delay: int = 1,
   *,
   batch_like: Any = None,
@@ -618,7 +618,7 @@ def _one_call(devices, share, extras):
 
 def _own_calls(devices, batches, extras, spread):
   """Batches of which every device has whole ones of its own."""
-  first = devices.index() * _length(batches)
+  first = devices.this() * _length(batches)
   shares = devices.spread(batches) if spread else None
   return Calls(
     batch=lambda call: _ring.read(batches, call - first),
@@ -708,7 +708,9 @@ def _program(mesh, method, check, specs_of, calls_of):
     )
 
   def bytes_of(params):
-    local = optax.GradientTransformation(method.local_init, None)
+    local = optax.GradientTransformation(
+      method.local_init, optax.identity().update
+    )
     sizes = memory.state_memory(local, params)
     leaves = jax.tree.leaves(params)
     copies = sum(x.size * x.dtype.itemsize for x in leaves)
@@ -776,7 +778,7 @@ def true_on_all_hosts(here: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(here)).all())
 
 
-def of_first_host(values: np.ndarray) -> np.ndarray:
+def of_first_host(values: np.ndarray | np.generic) -> np.ndarray:
   """The first host's values, on all hosts, which have as many."""
   return np.asarray(multihost_utils.broadcast_one_to_all(values))
 

@@ -93,7 +93,7 @@ def timed(
     time = clock.at(shares, state.count % stages)
     time = time._replace(whole=time.whole + state.count // stages)
     return updates, TimedState(
-      count=optax.safe_increment(state.count),
+      count=_protocol.one_more(state.count),
       clock=state.clock._replace(time=time),
       inner_state=inner_state,
     )
@@ -135,7 +135,7 @@ def delayed_leaves(
       jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs
     )
 
-  def init_fn(params):
+  def init_fn(params) -> _protocol.State:
     return DelayedState(
       count=jnp.zeros([], jnp.int32),
       # Slots that were never written hold zeros: no gradient yet.
@@ -144,7 +144,9 @@ def delayed_leaves(
       inner_state=inner.init(params),
     )
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(
+    updates, state, params: Any = None, **extra_args
+  ) -> tuple[optax.Updates, _protocol.State]:
     if keep_params:
       _protocol.required_params('delayed', params)
     count, delays = state.count, delays_of(updates)
@@ -173,7 +175,7 @@ def delayed_leaves(
     )
     new_updates = mute_filling(new_updates, delays, count)
     return _ring.cast_like(new_updates, updates), DelayedState(
-      count=optax.safe_increment(count),
+      count=_protocol.one_more(count),
       in_flight=in_flight,
       stale_params=stale_params,
       inner_state=inner_state,

@@ -129,7 +129,7 @@ def dana(
     )
     rate = _leaves.rate_at(learning_rate, state.count)
     return _step(rate, slot, updates), DanaState(
-      optax.safe_increment(state.count),
+      _protocol.one_more(state.count),
       _protocol.PerWorker(_ring.write(momenta, worker, slot)),
       _offset(-rate * momentum, total),
     )
@@ -197,7 +197,7 @@ def smega2(
 
   References:
     Cohen, Hakimi, Schuster, `SMEGA2: Distributed Asynchronous Deep Neural
-    Network Training With a Single Momentum Buffer`, 2021.
+    Network Training With a Single Momentum Buffer`, ICPP 2022.
   """
   workers = _protocol.count_or_traced('workers', workers)
   momentum = _protocol.fraction('momentum', momentum)
@@ -230,7 +230,7 @@ def smega2(
     ahead = workers + collected.astype(_protocol.score_dtype()) * (momentum - 1)
     share = collected.astype(_protocol.score_dtype()) / workers
     return step, Smega2State(
-      optax.safe_increment(state.count),
+      _protocol.one_more(state.count),
       collected,
       _offset(-rate * momentum * ahead, velocity),
       _offset(-rate * momentum * share, total),

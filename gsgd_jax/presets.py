@@ -19,8 +19,8 @@ from gsgd_jax.guided import guided
 
 
 def guided_sgd(
-  learning_rate: jax.typing.ArrayLike,
-  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  learning_rate: float | jax.Array,
+  loss_fn: Callable[[Any, Any], jax.Array],
   workers: int,
   *,
   batch_like: Any,

@@ -37,8 +37,8 @@ class Rows(NamedTuple):
   """The rows that a chunk of calls reads; leading axes (seeds, calls)."""
 
   batch: Any  # Row numbers; or the examples themselves, where they stream.
-  keys: np.ndarray | None  # A key for each example.
-  verification: np.ndarray | None
+  keys: Any  # A key for each example; or None.
+  verification: Any  # Row numbers; or None.
 
 
 class Cluster(NamedTuple):
@@ -132,7 +132,7 @@ class Settings(NamedTuple):
   task: tasks.Task
   datasets: list[data.Dataset]
 
-  def make(self, how, *where, **options):
+  def make(self, how: Callable, *where: Any, **options: Any) -> Any:
     """What trains, of a seed; `how` says on what."""
     batch_like = transformation.batch_like_of(
       self.config, self.method, self.datasets[0], self.task.keyed
@@ -147,22 +147,26 @@ class Settings(NamedTuple):
       **options,
     )
 
-  def batch(self, train, batch, keys):
+  def batch(
+    self, train: data.Examples | data.Text, batch: Any, keys: Any
+  ) -> data.Examples:
     """A batch, from its rows."""
     dataset = self.datasets[0]
     if dataset.stream is None:
       batch = dataset.take(train, batch)
     return batch._replace(keys=keys)
 
-  def verification(self, train, rows):
+  def verification(self, train: data.Examples | data.Text, rows: Any) -> Any:
     """The verification sample: without keys nothing is drawn."""
     return self.datasets[0].take(train, rows)
 
   @property
-  def filling(self):
+  def filling(self) -> int:
+    """Calls until the first gradient arrives."""
     return transformation.filling_calls(self.config, self.method)
 
-  def params(self):
+  def params(self) -> optax.Params:
+    """Their shapes."""
     return jax.eval_shape(self.task.model.init, jax.random.key(0))
 
 
@@ -192,10 +196,10 @@ class Feed:
     method: events.Method,
     datasets: list[data.Dataset],
     keyed: bool,
-  ):
+  ) -> None:
     self._datasets = datasets
     self._keyed = keyed
-    self.room = padded(config, datasets[0])
+    self.room: int = padded(config, datasets[0])
     self._filling = transformation.filling_calls(config, method)
     self._size = transformation.batch_size(config, method)
     self._samples = bool(
@@ -497,7 +501,12 @@ def _axes(settings, init_one, advance_one):
 
   dataset = settings.datasets[0]
   arrays = (dataset.train, dataset.validation, dataset.test)
-  feed = Feed(*settings[:2], settings.datasets[:1], settings.task.keyed)
+  feed = Feed(
+    settings.config,
+    settings.method,
+    settings.datasets[:1],
+    settings.task.keyed,
+  )
   with contextlib.closing(feed):
     rows = jax.tree.map(lambda r: r[0], feed.rows(0, 1))
   return batched_axes(both, np.int32(0), settings.params(), arrays, rows)

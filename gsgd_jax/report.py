@@ -3,6 +3,7 @@
 import pathlib
 import platform
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -152,10 +153,12 @@ def _baseline(histories):
 
 def _difference(histories, name, other):
   """Points of test accuracy between two methods, paired by seed."""
-  pair = [histories.get(name), histories.get(other)]
-  if name == other or not all(h is not None and _comparable(h) for h in pair):
+  ours, theirs = (
+    _accuracy(h, 'last') if h is not None and _comparable(h) else None
+    for h in (histories.get(name), histories.get(other))
+  )
+  if name == other or ours is None or theirs is None:
     return None
-  ours, theirs = (_accuracy(h, 'last') for h in pair)
   return interval(ours - theirs)
 
 
@@ -444,7 +447,7 @@ def _arrivals(histories):
   return lines
 
 
-def pyplot():
+def pyplot() -> Any:
   """Matplotlib, loaded where it is needed, without a screen."""
   import matplotlib
 
@@ -454,7 +457,7 @@ def pyplot():
   return plt
 
 
-def dashes(i: int):
+def dashes(i: int) -> Any:
   """How the line of the i-th method is broken, as it comes with `COLOURS`."""
   rounds, position = divmod(i, len(COLOURS))
   if rounds == 0:
@@ -487,7 +490,9 @@ def _styled(histories):
       )
 
 
-def save(figure, axes, title: str, path: pathlib.Path) -> None:
+def save(
+  figure: Any, axes: Sequence[Any], title: str, path: pathlib.Path
+) -> None:
   """Writes a figure, all axes of which look alike."""
   for axis in axes:
     axis.grid(alpha=0.25)
@@ -546,7 +551,12 @@ def _title(config, histories):
   return f'{setting}: mean of {config.seeds} seeds, 95 % interval'
 
 
-def band(axes, x, values, style) -> None:
+def band(
+  axes: Any,
+  x: Sequence[float] | np.ndarray,
+  values: Sequence[np.ndarray] | np.ndarray,
+  style: dict[str, Any],
+) -> None:
   """Mean and interval; on a logarithmic axis, of the logarithms."""
   logarithmic = axes.get_yscale() == 'log'
   if logarithmic:

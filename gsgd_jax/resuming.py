@@ -438,7 +438,7 @@ def learned(dataset: data.Dataset) -> dict[str, Any]:
   for x in jax.tree.leaves((dataset.train, dataset.validation, dataset.test)):
     x = np.asarray(x)
     if x.dtype.kind in 'iu':
-      digest.update(np.ascontiguousarray(x))
+      digest.update(np.ascontiguousarray(x).data)
   return {
     'shape': list(dataset.shape),
     'classes': [str(c) for c in dataset.classes],
@@ -463,13 +463,13 @@ class Journal:
     dataset: data.Dataset,
     mesh: jax.sharding.Mesh,
     done: Plan,
-  ):
+  ) -> None:
     self._same = {
       'config': files.plain(config.to_dict()),
       'learned': learned(dataset),
       'computed': computed(config, mesh),
     }
-    self.devices = mesh.size
+    self.devices: int = mesh.size
     self._ended = dict(done.ended)
     self._lines = collections.Counter()
     self._arrivals = {}
@@ -535,8 +535,8 @@ class Saving:
     journal: Journal,
     method: events.Method,
     start: Found | None,
-  ):
-    self.start = start
+  ) -> None:
+    self.start: Found | None = start
     self.must = writer.must
     self.wants = writer.wants
     self.next_stop = writer.next_stop
@@ -588,22 +588,24 @@ class Saving:
       The carry; the best ones, None where there are none; the last ones, None
       where no seed has stopped.
     """
+    start = self.start
+    assert start is not None  # There is something to restore.
     like = _placed_like(carry)
     for x in jax.tree.leaves(carry):
       x.delete()  # Both may not fit.
     items = {}
-    if self.start.position['best_step'] is not None:
+    if start.position['best_step'] is not None:
       items['best'] = _placed_like(params)
-    if any(self.start.position['reports']['seeds']['stopped']):
+    if any(start.position['reports']['seeds']['stopped']):
       items['params'] = _placed_like(params)
-    before = self.start.position['computed']['devices']
+    before = start.position['computed']['devices']
     if before == self._devices:
       items['state'] = checkpoints.named(like)
-    found = checkpoints.restore(self.start, items)
+    found = checkpoints.restore(start, items)
     if before == self._devices:
       carry = checkpoints.unnamed(like, found['state'])
     else:
-      leaves = checkpoints.arrays(self.start, 'state')
+      leaves = checkpoints.arrays(start, 'state')
       carry = checkpoints.unnamed(of_method.like(before), leaves)
       carry = of_method.moved(carry, before)
     return carry, found.get('best'), found.get('params')

@@ -186,7 +186,7 @@ class Rounds(NamedTuple):
   sync_cost: float
   seed: int | jax.Array
 
-  def begin(self):
+  def begin(self) -> tuple[_protocol.Clock, Round]:
     """The clock and the first round, which is not decided yet."""
     return _cluster.clock_of(self.workers, self.sync_cost), Round(
       number=jnp.zeros([], jnp.int32),
@@ -196,7 +196,7 @@ class Rounds(NamedTuple):
       machines=self.arrivals.init(self.workers, jax.random.PRNGKey(self.seed)),
     )
 
-  def decided(self, state):
+  def decided(self, state: SynchronousState) -> Round:
     """The round of a call: its first call decides how fast everybody is."""
     this, began = state.round, state.clock.time
 
@@ -212,7 +212,13 @@ class Rounds(NamedTuple):
     order, end = _ring.when(state.count == 0, decide, (this.order, this.end))
     return this._replace(order=order, end=end)
 
-  def ended(self, state, this, last, applied):
+  def ended(
+    self,
+    state: SynchronousState,
+    this: Round,
+    last: jax.Array,
+    applied: jax.Array,
+  ) -> tuple[_protocol.Clock, Round]:
     """The clock and the round after a call."""
     now = clock.where(last, this.end, state.clock.time)
     return state.clock._replace(time=now), this._replace(
@@ -243,7 +249,7 @@ def _check_rounds(who, arrivals, workers, wait_for):
 def _synchronous_sequential(settings):
   inner, alone = settings.inner, settings.wait_for == 1
 
-  def init_fn(params):
+  def init_fn(params) -> _protocol.State:
     now, first = settings.begin()
     inner_state = inner.init(params)
     _protocol.check_per_worker('synchronous', settings.workers, inner_state)
@@ -262,7 +268,9 @@ def _synchronous_sequential(settings):
       inner_state=inner_state,
     )
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(
+    updates, state, params=None, **extra_args
+  ) -> tuple[optax.Updates, _protocol.State]:
     if not alone:
       _protocol.required_params('synchronous', params)
     _protocol.scalar_value('synchronous', extra_args)
@@ -300,7 +308,7 @@ def _synchronous_mean(settings):
   inner, batch_like = settings.inner, settings.batch_like
   gradients = settings.wait_for
 
-  def init_fn(params):
+  def init_fn(params) -> _protocol.State:
     now, first = settings.begin()
     return SynchronousState(
       count=jnp.zeros([], jnp.int32),
@@ -313,7 +321,9 @@ def _synchronous_mean(settings):
       inner_state=inner.init(params),
     )
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(
+    updates, state, params=None, **extra_args
+  ) -> tuple[optax.Updates, _protocol.State]:
     sums = _mean.added(
       'synchronous', state.sums, state.count, updates, batch_like, extra_args
     )
@@ -470,7 +480,9 @@ def data_parallel(
 
   def update_fn(updates, state, params=None, **extra_args):
     _protocol.scalar_value('data_parallel', extra_args)
-    extras = dict(extra_args, staleness=jnp.zeros([], jnp.int32))
+    extras: dict[str, Any] = dict(
+      extra_args, staleness=jnp.zeros([], jnp.int32)
+    )
     if params is not None:
       extras['stale_params'] = _protocol.worker_params(
         params, state.inner_state
@@ -489,7 +501,7 @@ def data_parallel(
     )
     end = clock.add(clock.latest(ends), clock.of(state.clock.sync_cost))
     return new_updates, DataParallelState(
-      count=optax.safe_increment(state.count),
+      count=_protocol.one_more(state.count),
       clock=state.clock._replace(time=end),
       machines=state.machines,
       inner_state=inner_state,

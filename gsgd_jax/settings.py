@@ -5,6 +5,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import ml_collections
 from ml_collections import config_dict
@@ -387,7 +388,7 @@ def _integer(config, name, least, wanted='an integer', optional=False):
   if optional and config[name] is None:
     return
   given = config[name]
-  if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+  if not _is_integer(given):
     _fail(config, name, wanted, optional)
   if given < least:
     _fail(config, name, f'at least {least}', optional)
@@ -399,7 +400,7 @@ def _number(config, name, least, most, optional=False):
   if optional and config[name] is None:
     return
   given = config[name]
-  if isinstance(given, bool) or not isinstance(given, numbers.Real):
+  if not is_real(given):
     _fail(config, name, 'a number', optional)
   if not least <= given <= most:  # Nor is NaN.
     wanted = 'finite and not negative'
@@ -446,8 +447,16 @@ def _sequences(config):
 
 
 def _is_positive(value):
-  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  return real and 0 < value <= _LARGEST
+  return is_real(value) and 0 < value <= _LARGEST
+
+
+def is_real(value: Any) -> TypeGuard[float]:
+  """Whether it is a number that can be compared, and no bool."""
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_integer(value) -> TypeGuard[int]:
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_plain(value):

@@ -340,7 +340,7 @@ class Server(NamedTuple):
   seed: int | jax.Array
 
   @property
-  def alone(self):
+  def alone(self) -> bool:
     """One worker of whom every gradient is applied needs no ring."""
     process = self.arrivals
     every = process.length is None and not process.outages
@@ -355,10 +355,12 @@ def transformation(server: Server) -> optax.GradientTransformationExtraArgs:
   elif server.max_ahead is not None:
     update = _update_bounded
 
-  def init_fn(params):
+  def init_fn(params) -> _protocol.State:
     return begin(server, params)
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(
+    updates, state, params=None, **extra_args
+  ) -> tuple[optax.Updates, _protocol.State]:
     return update(server, updates, state, params, extra_args)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -453,7 +455,7 @@ def _update_alone(server, updates, state, params, extra_args):
   worker, now = _cluster.next_arrival(state.cluster)
   one, refused = _protocol.accepted(state.inner_state, inner_state)
   return new_updates, state._replace(
-    count=optax.safe_increment(state.count),
+    count=_protocol.one_more(state.count),
     version=state.version + one,
     applied=_protocol.Applied(state.applied.by_worker + 1 - refused),
     clock=state.clock._replace(time=now),
@@ -506,6 +508,7 @@ def arrival(
   )
   applies, losses = _reaches(server, state, cluster, worker, now, arrives)
   arrived = arrived_of(worker)
+  assert state.read_at is not None  # There are several workers.
   packet = _extras(
     server, extra_args, arrived, state.version - state.read_at[worker], worker
   )
@@ -520,7 +523,7 @@ def arrival(
   counts = _counted(state, inner_state, worker, applies)
   now = clock.where(arrives, now, state.clock.time)
   return new_updates, state._replace(
-    count=optax.safe_increment(state.count),
+    count=_protocol.one_more(state.count),
     worker=jnp.where(filled, worker, state.worker + 1),
     read_at=_ring.write(state.read_at, worker, counts['version']),
     clock=state.clock._replace(time=now),
@@ -544,7 +547,7 @@ def _update_bounded(server, updates, state, params, extra_args):
   in_flight, worker_state = received(server, updates, state, params, extra_args)
   reader = state.worker
   state = state._replace(
-    count=optax.safe_increment(state.count),
+    count=_protocol.one_more(state.count),
     read_at=_ring.write(state.read_at, reader, state.version),
     cluster=_cluster.started(
       server.arrivals,
@@ -643,10 +646,17 @@ def _counted(state, inner_state, worker, reaches):
   )
 
 
-def received(server, updates, state, params, extra_args):
+def received(
+  server: Server,
+  updates: optax.Updates,
+  state: AsynchronousState,
+  params: optax.Params | None,
+  extra_args: dict[str, Any],
+) -> tuple[InFlight, _protocol.Unread]:
   """Rings with the caller's packet in the slot of the worker that read."""
   value, batch, read = _packet_of_call(server, state, params, extra_args)
   sent, worker_state = _sent(server, updates, state, read, extra_args)
+  assert state.in_flight is not None  # There are several workers.
   if value is None:
     value = _ring.read(state.in_flight.value, state.worker)
   packet = InFlight(sent, value, batch, read if server.keep_params else None)

@@ -223,7 +223,7 @@ def recovered(
   n = len(delayed)
   gain, loss = method - delayed, baseline - delayed
   of_loss = interval(loss)
-  if n < 2 or of_loss.mean <= of_loss.half_width:
+  if of_loss.half_width is None or of_loss.mean <= of_loss.half_width:
     return None
   noise = _quantile(n) ** 2 / n * np.cov(gain, loss)
   # The roots in R of a R^2 - 2 b R + c, with a above zero.

@@ -25,7 +25,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import ml_collections
@@ -349,7 +349,7 @@ def _inert(axis):
 def _set(config, setting, given, where):
   """Changes a setting, which may be within another."""
   *path, last = setting.split('.')
-  inside = config
+  inside: Any = config
   for part in path:
     inside = inside.get(part) if _holds(inside) else None
   if not _holds(inside) or (not path and last not in config):
@@ -361,7 +361,7 @@ def _set(config, setting, given, where):
     inside[last] = given
 
 
-def _holds(inside):
+def _holds(inside) -> TypeGuard[ml_collections.ConfigDict]:
   return isinstance(inside, ml_collections.ConfigDict)
 
 
@@ -415,7 +415,7 @@ def _contents(config):
     dataset = load(config, 0)
     digest = hashlib.sha256()
     for x in jax.tree.leaves((dataset.train, dataset.validation, dataset.test)):
-      digest.update(np.ascontiguousarray(x))
+      digest.update(np.ascontiguousarray(x).data)
     read.append(digest.hexdigest())
   if config.trace is not None:
     text = pathlib.Path(config.trace).read_bytes()

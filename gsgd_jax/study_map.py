@@ -28,7 +28,9 @@ from gsgd_jax import events, outcomes, report, statistics
 from gsgd_jax.outcomes import Context, Outcome
 
 TITLE = 'When is asynchrony worth it, and when is guidance?'
-SYNC_COST, VARIES, WORKERS = 'sync cost', 'machines vary by', 'workers'
+SYNC_COST: str = 'sync cost'
+VARIES: str = 'machines vary by'
+WORKERS: str = 'workers'
 ALPHA = 0.05
 _GUIDED = 'consistent'
 # Equal simulated time, whatever the name of its clock.

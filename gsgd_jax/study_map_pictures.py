@@ -58,6 +58,7 @@ def draw_map(path: pathlib.Path, contexts: list[Context]) -> None:
     if workers:
       title = outcomes.named({WORKERS: workers})
       axes.set_title(title, loc='left', fontsize=10, weight='bold', pad=4)
+  # pyrefly: ignore[unbound-name]  (There is a panel.)
   axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
   label = 'cost of a synchronisation, mean gradient computations'
   axes.set_xlabel(label, fontsize=10)
@@ -100,7 +101,7 @@ def _head(axes, found):
 _BORDER = dict(color='#1b1b1b', linewidth=2.2, solid_capstyle='round')
 
 
-def _explained(axes, x, y, look, inside, words):
+def _explained(axes, x, y, look: tuple[str, bool], inside, words):
   """A small square and what it means; where the next one begins."""
   _square(axes, (x, y, 0.36, 0.24), *look)
   _label(axes, (x + 0.18, y + 0.115), inside, *look, 8)

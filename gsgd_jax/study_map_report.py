@@ -39,7 +39,7 @@ def blocks(contexts: list[Context]) -> list[Block]:
     Blocks with a heading of level 2; none if there is no map.
   """
   found = study_map.maps(contexts)
-  out = [Heading(2, TITLE)] if found else []
+  out: list[Block] = [Heading(2, TITLE)] if found else []
   for i, group in enumerate(found):
     elsewhere = outcomes.named(study_map.elsewhere(group[0]))
     if len(found) > 1:

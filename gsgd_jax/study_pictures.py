@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ _OF_LINES = (*_COLOURS, '#56b4e9', '#8a4b08', '#888888')
 # Of budgets: those of methods after black, and Okabe and Ito's sky blue.
 _OF_BUDGETS = (*_COLOURS[1:], '#56b4e9')
 _MARKERS = ('o', 's', '^', 'v', 'D', 'P')
-_BELOW = dict(loc='outside lower center', frameon=False)
+_BELOW: dict[str, Any] = dict(loc='outside lower center', frameon=False)
 _ROW = 0.3  # Height of a row of a ranking, in inches.
 # What lies further below the best than the median, times this, is cut off.
 _REACH = 2.5
@@ -206,13 +207,13 @@ def draw_rates(path: pathlib.Path, context: Context, budget: str) -> None:
   """Validation accuracy against learning rate, and which rates are good."""
   plt = report.pyplot()
   good = good_rates(context, budget)
-  rates = [rate for q in good for rate in tried(context.at(q, budget))]
+  rates = [rate for q in good for rate in tried(context.known_at(q, budget))]
   ends = min(rates) / 1.5, max(rates) * 1.5
   size = (12, max(5, 2.2 + 0.22 * len(good)))
   figure, (left, right) = plt.subplots(1, 2, figsize=size, layout='constrained')
   means = []
   for label, style in _styles(q for q in lines(context) if q in good).items():
-    of_rate = tried(context.at(label, budget))
+    of_rate = tried(context.known_at(label, budget))
     rates = sorted(of_rate)
     values = [100 * np.nan_to_num(of_rate[rate]) for rate in rates]
     report.band(left, rates, values, {**style, 'marker': '.'})
@@ -225,7 +226,7 @@ def draw_rates(path: pathlib.Path, context: Context, budget: str) -> None:
   left.set(xscale='log', xlabel='learning rate', xlim=ends)
   left.set(ylabel='validation accuracy, %', ylim=_limits(means))
   for row, (label, found) in enumerate(good.items()):
-    chosen = context.at(label, budget).learning_rate
+    chosen = context.known_at(label, budget).learning_rate
     _span(right, row, found, chosen)
   right.set(xscale='log', xlabel='learning rates within a point of the best')
   right.set_xlim(*ends)

@@ -20,7 +20,7 @@ from gsgd_jax import (
   study_map_report,
   study_pictures,
 )
-from gsgd_jax.documents import Folded, Heading, Paragraph, Picture, Table
+from gsgd_jax.documents import Block, Folded, Heading, Paragraph, Picture, Table
 from gsgd_jax.outcomes import BUDGETS, Context, Outcome, measured
 from gsgd_jax.outcomes import contexts as contexts_of
 
@@ -183,7 +183,7 @@ def _pairs(context):
 
 def _blocks(title, description, contexts, progress):
   """The whole report."""
-  blocks = [Heading(1, title)]
+  blocks: list[Block] = [Heading(1, title)]
   if progress != 'finished':
     blocks.append(Paragraph(f'This study is not finished: {progress}.'))
   blocks += [

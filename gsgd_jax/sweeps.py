@@ -103,18 +103,18 @@ class Shape(NamedTuple):
 
 def shape_of(datasets: Sequence[data.Dataset]) -> Shape | None:
   """The least sizes that have room for all; None of what is no table."""
-  if any(
-    not isinstance(d.train, data.Examples)
-    or d.train.inputs.ndim != 2
-    or d.train.inputs.dtype != np.float32
-    for d in datasets
+  tables = [
+    d.train.inputs for d in datasets if isinstance(d.train, data.Examples)
+  ]
+  if len(tables) < len(datasets) or any(
+    x.ndim != 2 or x.dtype != np.float32 for x in tables
   ):
     return None
   most = lambda split: max(
     0 if getattr(d, split) is None else d.count(getattr(d, split))
     for d in datasets
   )
-  features = max(d.train.inputs.shape[1] for d in datasets)
+  features = max(x.shape[1] for x in tables)
   return Shape(features, most('train'), most('validation'), most('test'))
 
 
@@ -124,8 +124,6 @@ def filled(dataset: data.Dataset, shape: Shape | None) -> data.Dataset:
     return dataset
 
   def split(examples, rows):
-    if examples is None:
-      return None
     missing = (
       (0, rows - len(examples.labels)),
       (0, shape.features - examples.inputs.shape[1]),
@@ -136,9 +134,12 @@ def filled(dataset: data.Dataset, shape: Shape | None) -> data.Dataset:
   features = dataset.shape
   if math.prod(features) != shape.features:
     features = (shape.features,)
+  validation = dataset.validation
   return dataset._replace(
     train=split(dataset.train, shape.train),
-    validation=split(dataset.validation, shape.validation),
+    validation=None
+    if validation is None
+    else split(validation, shape.validation),
     test=split(dataset.test, shape.test),
     shape=features,
   )
@@ -184,7 +185,7 @@ class Sweep:
     budgets: Sequence[Budget],
     lanes: int,
     room: int,
-  ):
+  ) -> None:
     self._config = config.copy_and_resolve_references()
     self._config.sync_cost = 0.0  # Counted apart, at any price.
     self._method = method
@@ -404,7 +405,9 @@ class _Sample(NamedTuple):
 class _Uneven(programs.Settings):
   """Settings whose samples are of several sizes."""
 
-  def verification(self, train, rows):
+  def verification(
+    self, train: data.Examples | data.Text, rows: Any
+  ) -> _Sample:
     """The verification sample, from its rows and their number."""
     return _Sample(super().verification(train, rows[0]), rows[1])
 
@@ -685,5 +688,10 @@ def _costs(state):
     server = server + g.count * g.batches * unit
     extra = extra + g.count * g.batches
   return _Costs(
-    clock.in_units(outermost.time), server, replays, alone, shared, extra
+    jnp.asarray(clock.in_units(outermost.time)),
+    server,
+    replays,
+    alone,
+    shared,
+    extra,
   )

@@ -72,7 +72,7 @@ def _check_meaning(config):
 
 
 def make_model(
-  config: ml_collections.ConfigDict, dataset: data.Dataset
+  config: ml_collections.ConfigDict, dataset: data.Dataset | data.Learned
 ) -> models.Model:
   """The model of a config."""
   shape, classes = dataset.shape, len(dataset.classes)

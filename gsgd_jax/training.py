@@ -88,6 +88,7 @@ def train(
       reported = _chosen(reports.stopped, last.params, reported)
     items = dict(state=carry, params=reported, best=best.params)
     step = reports.step_of(chunk.calls)
+    assert saving is not None  # Whoever calls this has looked.
     saving.save(step, chunk.calls, status, reports.state(), items)
 
   waiting = chunk = None

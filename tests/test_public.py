@@ -54,6 +54,19 @@ def test_version():
   assert re.fullmatch(r'\d+\.\d+\.\d+(\.?\w+)?', gsgd_jax.__version__)
 
 
+def test_cited_papers():
+  """What public docstrings refer to is in CITATION.cff."""
+  root = pathlib.Path(gsgd_jax.__file__).parents[1]
+  citation = (root / 'CITATION.cff').read_text()
+  cited = {
+    paper
+    for name in OF_ALL
+    for paper in re.findall(r'arXiv:\d+\.\d+', inspect.getdoc(thing(name)))
+  }
+  assert len(cited) > 10
+  assert cited <= set(re.findall(r'value: (arXiv:\S+)', citation))
+
+
 @pytest.mark.parametrize('name', OF_ALL)
 def test_summary_and_example(name):
   summary, *_ = inspect.getdoc(thing(name)).splitlines()
