@@ -36,12 +36,7 @@ _LANES = flags.DEFINE_list(
 )
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds that are timed.')
 _UPDATES = flags.DEFINE_integer('updates', 840, 'Of the runs of one program.')
-_PART = flags.DEFINE_string(
-  'part',
-  'cluster=homogeneous,workers=16|64,method=sequential|ASGD|ASGD, guided|'
-  'DANA|DANA, guided|Rounds of all, SGD',
-  'Of the delay study.',
-)
+_PART = flags.DEFINE_string('part', delay.PART, 'Of the delay study.')
 _TRAIN = pathlib.Path(__file__).parents[1] / 'train.py'
 
 

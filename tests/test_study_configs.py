@@ -3,7 +3,6 @@
 import importlib
 
 import pytest
-from absl import flags
 
 from configs import delay
 from gsgd_jax import guided_sgd, study
@@ -80,7 +79,6 @@ def test_the_preset_is_one_of_those_it_was_chosen_from():
 
 
 def test_the_benchmark_computes_a_part_of_the_delay_study():
-  importlib.import_module('benchmarks.study')
   config = config_of('delay')
-  config.only = flags.FLAGS['part'].default
+  config.only = delay.PART
   assert len(study.cells(config)) == 11  # One of them is sequential.
