@@ -234,7 +234,8 @@ def test_workers_end_with_who_started_them(tmp_path):
 
 
 def test_interrupted_then_a_worker_is_killed(tmp_path):
-  process = start(tmp_path)
+  longer = '--config.updates=4800'  # No cell follows the first at once.
+  process = start(tmp_path, longer)
   wait_for(lambda: finished_cells(tmp_path))
   workers = workers_of(process)
   process.send_signal(signal.SIGINT)
@@ -247,7 +248,7 @@ def test_interrupted_then_a_worker_is_killed(tmp_path):
   report = (tmp_path / 'study' / 'report.md').read_text()
   assert f'{len(lines)} of {CELLS} cells' in report
 
-  process = start(tmp_path)
+  process = start(tmp_path, longer)
   wait_for(lambda: workers_of(process))
   workers = workers_of(process)
   os.kill(workers[-1], signal.SIGKILL)
