@@ -20,6 +20,7 @@ Nesterov 95.14 ± 0.85.
 
 import ml_collections
 
+from configs import delay
 from gsgd_jax import settings
 
 RATE = 0.06  # What a gradient weighs in the end, momentum or not.
@@ -28,17 +29,7 @@ WORKERS = 64
 # eta / (1 - m) in the end, with delayed Nesterov eta / (N (1 - m)).
 MOMENTUM = 0.9
 OWN_RATES = {
-  **dict.fromkeys(
-    (
-      'dana',
-      'dana_slim',
-      'dana_dc',
-      'smega2',
-      'spike_compensation',
-      'adaptive_braking',
-    ),
-    RATE * (1 - MOMENTUM),
-  ),
+  **dict.fromkeys(delay.WITH_MOMENTUM, RATE * (1 - MOMENTUM)),
   'delayed_nesterov': RATE * WORKERS * (1 - MOMENTUM),
 }
 
