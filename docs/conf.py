@@ -1,11 +1,8 @@
 """Sphinx settings: `python -m sphinx -W --keep-going docs build/docs`."""
 
-import pathlib
 import re
 
 import gsgd_jax
-
-_ROOT = pathlib.Path(__file__).parents[1]
 
 project = 'gsgd_jax'
 author = 'The gsgd_jax authors'
@@ -44,27 +41,9 @@ html_show_sphinx = False
 html_copy_source = False
 
 
-def _readme(title=None):
-  """The README, or a section of it, with links as from this folder."""
-  text = (_ROOT / 'README.md').read_text()
-  if title is not None:
-    text = re.search(rf'^## {title}\n(.*?)(?=^## |\Z)', text, re.M | re.S)[1]
-  return re.sub(r'\]\((?!https?:|#)', '](../', text).replace('](../docs/', '](')
-
-
-def _with_readme(app, docname, content):
-  """Parts of the README, where a page says so, and links to it.
-
-  The page `overview` is all of it; `<!-- README: Licence -->` in any page is
-  that section.
-  """
-  app.env.note_dependency(str(_ROOT / 'README.md'))
-  text = content[0]
-  if docname == 'overview':
-    text = _readme().replace('# gsgd_jax', '# Overview', 1)
-  text = re.sub('<!-- README: (.*?) -->', lambda m: _readme(m[1]), text)
-  text = text.replace('](../README.md', '](overview.md')
-  content[0] = text.replace(' ± ', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}')
+def _intervals_in_one_line(app, docname, content):
+  space = '\N{NO-BREAK SPACE}'
+  content[0] = content[0].replace(' ± ', f'{space}±{space}')
 
 
 def _in_rest(app, what, name, obj, options, lines):
@@ -82,5 +61,5 @@ def _in_rest(app, what, name, obj, options, lines):
 
 
 def setup(app):
-  app.connect('source-read', _with_readme)
+  app.connect('source-read', _intervals_in_one_line)
   app.connect('autodoc-process-docstring', _in_rest, priority=400)

@@ -94,7 +94,7 @@ def data_parallel(
 
 def _one_by_one(one, losses_typed, params, state, calls, number, room):
   """So many calls, each of which needs the one before."""
-  if room == 1 and isinstance(number, int):  # No loop: see README on the CPU.
+  if room == 1 and isinstance(number, int):  # No loop: see docs/networks.md.
     params, state, value = one(params, state, calls, jnp.zeros([], jnp.int32))
     return params, state, value[None].astype(_protocol.score_dtype())
 

@@ -181,7 +181,7 @@ def default_config() -> ml_collections.ConfigDict:
   config.evaluate_epochs = config_dict.placeholder(float)
   config.warmup_epochs = 0.0
   config.drop_epochs = ()  # Such as 80,120.
-  config.patience = config_dict.placeholder(int)  # Evaluations; see README.
+  config.patience = config_dict.placeholder(int)  # See docs/training.md.
   # Guided SGD: window (the paper's delay tolerance), at most so many replays a
   # window (None is min(4, window // 2)), who takes them (serial: the server,
   # parallel: as many workers, shared: all together), batches scored anew (None
@@ -204,7 +204,7 @@ def default_config() -> ml_collections.ConfigDict:
   # At most so many of the 'asynchronous' workers take gradients at once; each
   # needs a copy of the parameters meanwhile. None is all. One device takes one.
   config.round_size = config_dict.placeholder(int)
-  # Several processes that train together: see README. What is not given is
+  # Several processes that train together: docs/devices.md. What is not given is
   # asked from the cluster, if it says it.
   config.distributed = False
   config.coordinator = config_dict.placeholder(str)  # HOST:PORT of process 0.

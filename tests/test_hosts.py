@@ -45,12 +45,12 @@ def alone(folder, devices, *flags):
 
 
 class Pair:
-  """The README's two processes, with a device each."""
+  """The guide's two processes, with a device each."""
 
   def __init__(self, folder, *flags, own=((), ())):
     commands = re.findall(
       r'^python train.py (--config.distributed.*?)(?: &)?$',
-      (ROOT / 'README.md').read_text(),
+      (ROOT / 'docs' / 'devices.md').read_text(),
       re.MULTILINE,
     )
     assert len(commands) == 2
