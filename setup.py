@@ -1,0 +1,27 @@
+"""What a package index shows: the README, whose links lead out of it."""
+
+import pathlib
+import re
+import tomllib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def description():
+  """The README, with links to the files of this version's tag."""
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  repository = project['urls']['Repository']
+  version = (ROOT / 'gsgd_jax' / '_version.py').read_text().split("'")[1]
+  text = (ROOT / 'README.md').read_text(encoding='utf-8')
+  for link, folder in ((r'\]\(', 'blob'), ('src="', 'raw')):
+    there = f'{repository}/{folder}/v{version}/'
+    text = re.sub(f'({link})(?!https:|#)', rf'\g<1>{there}', text)
+  return text
+
+
+setuptools.setup(
+  long_description=description(),
+  long_description_content_type='text/markdown',
+)
