@@ -27,7 +27,7 @@ from gsgd_jax.diagnostics import (
   staleness_summary,
   worker_shares,
 )
-from gsgd_jax.guided import guided
+from gsgd_jax.guided import Window, guided
 from gsgd_jax.memory import state_memory
 from gsgd_jax.momenta import (
   adaptive_braking,
@@ -47,6 +47,7 @@ __all__ = [
   'StalenessSummary',
   'Time',
   'Trace',
+  'Window',
   'adaptive_braking',
   'asynchronous',
   'asynchronous_nesterov',

@@ -307,10 +307,12 @@ def fraction(name: str, given: Any) -> Any:
   return given
 
 
-def one_of(name: str, given: Any, allowed: tuple[str, ...]) -> str:
-  """Checks a choice by name."""
+def one_of(
+  name: str, given: Any, allowed: tuple[str, ...], *others: str
+) -> str:
+  """Checks a choice by name; `others` are words for what else there is."""
   if given not in allowed:
-    listed = ', '.join(repr(a) for a in allowed)
+    listed = ', '.join([*map(repr, allowed), *others])
     raise ValueError(f'{name} must be one of {listed}, got {given!r}')
   return given
 

@@ -30,19 +30,53 @@ _SELECT = ('consistent', 'random', 'hardest', 'inconsistent', 'surprise')
 
 
 class Window(NamedTuple):
-  """What is known of the batches of the current window, by position.
+  r"""What is known of the batches of the current window, by position.
 
   Positions that this window has not reached hold the window before.
+
+  Attributes:
+    scores: Shape ``(window,)``: :math:`S_j`.
+    collected: Shape ``(window,)``: how many gains a score is the mean of;
+      ``None`` without ``average_scores``.
+    losses: Shape ``(window,)``: the latest known loss.
+    surprises: Shape ``(window,)``: :math:`|V_{t-1} - \text{value}_t|` on
+      arrival.
+    workers: Shape ``(window,)``: whose gradient it was, from 0; 0 where
+      workers are not known.
+    staleness: Shape ``(window,)``: of the gradient on arrival, 0 where it is
+      not known; ``None`` unless gradients are stored or ``select`` is a
+      function.
+    updates: The gradients, leaves with a leading axis of the window; ``None``
+      unless they are stored.
+    batches: The batches, likewise; ``None`` without ``batch_like``.
+
+  Examples:
+    A rule for ``guided(..., select=lowest)``, the batches of lowest loss:
+
+    >>> import jax, jax.numpy as jnp
+    >>> import gsgd_jax, optax
+    >>> def lowest(window, key):
+    ...   return jnp.where(window.scores > 0, -window.losses, -jnp.inf)
+    >>> tx = gsgd_jax.guided(optax.sgd(0.1), window=4, select=lowest)
+    >>> state = tx.init(jnp.zeros(()))
+    >>> for value in [4.0, 1.0, 2.0, 5.0]:  # Stored gradients.
+    ...   _, state = tx.update(jnp.ones(()), state, jnp.zeros(()), value=value)
+    >>> print(state.window.scores.round(2), state.replayed)
+    [ 0.17  0.17 -1.53  0.  ] [1 0]
   """
 
-  scores: jax.Array  # shape=(window,), float.
-  collected: jax.Array | None  # shape=(window,), int32; `average_scores` only.
-  losses: jax.Array  # shape=(window,), float: the latest known loss.
-  surprises: jax.Array  # shape=(window,), float: |V_{t-1} - value_t|.
-  workers: jax.Array  # shape=(window,), int32.
-  staleness: jax.Array | None  # shape=(window,), int32; stored gradients only.
-  updates: optax.Updates | None  # A ring; stored gradients only.
-  batches: Any  # A ring; None without `batch_like`.
+  scores: jax.Array
+  collected: jax.Array | None
+  losses: jax.Array
+  surprises: jax.Array
+  workers: jax.Array
+  staleness: jax.Array | None
+  updates: optax.Updates | None
+  batches: Any
+
+
+# `select(window, key)`: how much every batch is preferred.
+Select = Callable[[Window, jax.Array], jax.Array]
 
 
 class GuidedState(NamedTuple):
@@ -54,7 +88,7 @@ class GuidedState(NamedTuple):
   replayed: jax.Array  # shape=(replays,), int32: positions, in order; else -1.
   gradient_evaluations: jax.Array  # shape=(), int32: arrivals and replays.
   replays: _protocol.Replays  # By what they cost; see `simulated_time`.
-  key: jax.Array | None  # shape=(2,), uint32; `select='random'` only.
+  key: jax.Array | None  # shape=(2,), uint32; random or own selection only.
   inner_state: optax.OptState
   replay_state: _protocol.Unread  # Of `replay_with`.
 
@@ -66,7 +100,7 @@ def guided(
   window: int = 10,
   replays: int | None = None,
   revisit: int | None = 0,
-  select: str = 'consistent',
+  select: str | Select = 'consistent',
   average_scores: bool = False,
   replay_with: optax.GradientTransformation | None = None,
   replay_model: str = 'serial',
@@ -154,6 +188,12 @@ def guided(
       would: ``'consistent'`` (highest scores), ``'random'``, ``'hardest'``
       (highest latest known loss), ``'inconsistent'`` (lowest scores),
       ``'surprise'`` (highest :math:`|V_{t-1} - \text{value}_t|` on arrival).
+      Or a rule of your own, ``select(window, key)``: given a
+      :class:`Window` and a PRNG key of that window it returns how much each
+      batch is preferred, shape ``(window,)``. The highest are replayed, at
+      most ``replays``; one at ``-inf`` is not, so
+      ``jnp.where(window.scores > 0, ..., -jnp.inf)`` replays as many as the
+      others do.
     average_scores: Whether a score is the mean of what a batch collected, as
       in the convolutional variant.
     replay_with: A transformation that applies replays instead of ``inner``,
@@ -167,7 +207,8 @@ def guided(
       a synchronisation each. Stored gradients cost nothing.
     batch_like: A batch, or its ``jax.ShapeDtypeStruct`` s; required with
       ``loss_fn``. A window of batches is kept.
-    seed: Seed of ``select='random'``, an int (may be traced).
+    seed: Seed of ``select='random'`` and of a rule's key, an int (may be
+      traced).
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is a
@@ -179,7 +220,8 @@ def guided(
     ValueError: An argument is out of its range, ``loss_fn`` without
       ``batch_like``, ``revisit`` without ``loss_fn``, :func:`drop_stale` or
       :func:`rennala` inside; in ``update``, ``value``
-      or ``batch`` are missing or misshapen, or ``params`` are missing.
+      or ``batch`` are missing or misshapen, ``params`` are missing, or a rule
+      returns another shape.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -237,7 +279,7 @@ def guided(
       replayed=jnp.full([rule.replays], -1, jnp.int32),
       gradient_evaluations=jnp.zeros([], jnp.int32),
       replays=_no_replays(rule, batch_like),
-      key=jax.random.PRNGKey(seed) if select == 'random' else None,
+      key=jax.random.PRNGKey(seed) if rule.draws else None,
       inner_state=inner_state,
       replay_state=_protocol.Unread(replayer.init(params)),
     )
@@ -305,9 +347,13 @@ class _Rule(NamedTuple):
   window: int
   replays: int
   revisit: int | None
-  select: str
+  select: str | Select
   average_scores: bool
   replay_model: str
+
+  @property
+  def draws(self):
+    return self.select == 'random' or callable(self.select)
 
   def loss(self, params, batch):
     assert self.loss_fn is not None  # Stored gradients are not scored again.
@@ -329,7 +375,8 @@ def _checked_rule(
     )
   if revisit is not None:
     revisit = _protocol.positive_int('revisit', revisit, minimum=0)
-  _protocol.one_of('select', select, _SELECT)
+  if not callable(select):
+    _protocol.one_of('select', select, _SELECT, 'or a function')
   _protocol.one_of('replay_model', replay_model, _REPLAY_MODELS)
   if loss_fn is not None and not callable(loss_fn):
     raise ValueError(
@@ -377,7 +424,7 @@ def _empty_window(rule, params, batch_like):
     losses=scores(),
     surprises=scores(),
     workers=counts(),
-    staleness=counts() if stored else None,
+    staleness=counts() if stored or callable(rule.select) else None,
     updates=updates,
     batches=_ring.empty(_protocol.abstract(batch_like), rule.window),
   )
@@ -443,10 +490,19 @@ def _scored(rule, state, window, params, average, value):
 
 def _selected(rule, state, window):
   """Positions to replay, in order, and how many of them."""
-  number = jnp.minimum(jnp.sum(window.scores > 0), rule.replays)
-  if rule.select == 'random':
-    key = jax.random.fold_in(state.key, state.count // rule.window)
-    preference = jax.random.uniform(key, [rule.window])
+  eligible = window.scores > 0
+  key_of = lambda: jax.random.fold_in(state.key, state.count // rule.window)
+  if callable(rule.select):
+    preference = rule.select(window, key_of())
+    preference = jnp.asarray(preference, _protocol.score_dtype())
+    if preference.shape != (rule.window,):
+      raise ValueError(
+        'select must return a preference for each batch of the window, shape '
+        f'{(rule.window,)}, got shape {preference.shape}'
+      )
+    eligible = preference > -jnp.inf
+  elif rule.select == 'random':
+    preference = jax.random.uniform(key_of(), [rule.window])
   else:
     preference = {
       'consistent': window.scores,
@@ -454,6 +510,7 @@ def _selected(rule, state, window):
       'hardest': window.losses,
       'surprise': window.surprises,
     }[rule.select]
+  number = jnp.minimum(jnp.sum(eligible), rule.replays)
   order = jnp.argsort(-preference, stable=True)[: rule.replays]
   return order.astype(jnp.int32), number.astype(jnp.int32)
 

@@ -15,7 +15,7 @@ import jax
 import optax
 
 from gsgd_jax import _protocol
-from gsgd_jax.guided import guided
+from gsgd_jax.guided import Select, guided
 
 
 def guided_sgd(
@@ -28,7 +28,7 @@ def guided_sgd(
   step: float | None = None,
   window: int = 4,
   replays: int = 1,
-  select: str = 'consistent',
+  select: str | Select = 'consistent',
   replay_model: str = 'shared',
   seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:

@@ -463,8 +463,10 @@ class Guided:
       stored gradients are replayed.
     verification: a function of the update's number that gives a verification
       batch, or None for the running mean of the values.
-    draw: for `select='random'`, a function of the window's number that gives
-      a number for each position; the highest are replayed.
+    select: how batches are preferred, by name; or a function of an entry and
+      its number from `draw`, where -inf is not replayed.
+    draw: a function of the window's number that gives a number for each
+      position; `select='random'` replays the highest.
   """
 
   def __init__(
@@ -559,6 +561,8 @@ class Guided:
       entry.score = sum(entry.collected)
 
   def _preference(self, entry, numbers):
+    if callable(self.select):
+      return self.select(entry, numbers[entry.position])
     return {
       'consistent': entry.score,
       'inconsistent': -entry.score,
@@ -569,10 +573,15 @@ class Guided:
 
   def _replay(self, params):
     numbers = [0.0] * self.window
-    if self.select == 'random':
+    if self.select == 'random' or callable(self.select):
       numbers = self.draw(self.count // self.window - 1)
-    above_zero = [e for e in self.entries if e.score > 0]
-    chosen_count = min(self.replays, len(above_zero))
+    if callable(self.select):
+      eligible = [
+        e for e in self.entries if self._preference(e, numbers) > -math.inf
+      ]
+    else:
+      eligible = [e for e in self.entries if e.score > 0]
+    chosen_count = min(self.replays, len(eligible))
     # Python's sort is stable: of equal ones the earlier batch comes first.
     ranked = sorted(
       self.entries, key=lambda e: self._preference(e, numbers), reverse=True

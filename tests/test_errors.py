@@ -84,7 +84,7 @@ ARGUMENTS = {
   'select': (
     lambda: make('guided', select='best'),
     "select must be one of 'consistent', 'random', 'hardest', 'inconsistent', "
-    "'surprise', got 'best'",
+    "'surprise', or a function, got 'best'",
   ),
   'combine': (
     lambda: make('synchronous', combine='sum'),

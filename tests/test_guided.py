@@ -14,12 +14,38 @@ from tests import helpers, reference
 SELECT = ['consistent', 'random', 'hardest', 'inconsistent', 'surprise']
 
 
+def drawn(key, window):
+  return jax.random.uniform(key, [window])
+
+
+# Rules of one's own: of a window, and of the oracle's entries.
+OWN = {
+  'easy and surprising': (
+    lambda window, key: jnp.where(
+      window.surprises > 0, window.surprises - window.losses, -jnp.inf
+    ),
+    lambda entry, number: (
+      entry.surprise - entry.loss if entry.surprise > 0 else -math.inf
+    ),
+  ),
+  'drawn by staleness and worker': (
+    lambda window, key: (
+      drawn(key, len(window.scores))
+      * (1 + window.staleness + window.workers).astype(window.scores.dtype)
+    ),
+    lambda entry, number: (
+      number * (1 + entry.packet.staleness + entry.packet.worker)
+    ),
+  ),
+}
+
+
 def draw_with(seed, window):
   """The numbers that `select='random'` ranks by, for the oracle."""
 
   def draw(number):
     key = jax.random.fold_in(jax.random.PRNGKey(seed), number)
-    return np.asarray(jax.random.uniform(key, [window])).tolist()
+    return np.asarray(drawn(key, window)).tolist()
 
   return draw
 
@@ -41,7 +67,7 @@ DIAL = {
 SETTINGS = dict(
   window=[2, 3, 5, 7],
   replays=[None, 1, 2, 7],
-  select=SELECT,
+  select=[*SELECT, *OWN],
   replay_with=[None, 'sgd', 'look ahead'],
   replay_model=['serial', 'parallel', 'shared'],
 )
@@ -66,6 +92,8 @@ def build(problem, inner, dial, setting, seed, batch_like=None):
   stored = setting.pop('stored', False)
   verified = setting.pop('verified', False)
   replay_with = setting.pop('replay_with')
+  select = setting.pop('select')
+  own, oracles_own = OWN.get(select, (select, select))
   if not stored and batch_like is None:
     batch_like = problem.batch_like
 
@@ -77,6 +105,7 @@ def build(problem, inner, dial, setting, seed, batch_like=None):
       replay_with=replay_with and helpers.INNERS[replay_with].oracle(),
       verification=(lambda t: verification[t]) if verified else None,
       draw=draw_with(seed, setting['window']),
+      select=oracles_own,
       **setting,
     )
 
@@ -86,6 +115,7 @@ def build(problem, inner, dial, setting, seed, batch_like=None):
     replay_with=replay_with and helpers.INNERS[replay_with].library,
     batch_like=None if stored else batch_like,
     seed=seed,
+    select=own,
     **setting,
   )
   return oracle, library, verified
@@ -191,7 +221,9 @@ PARALLEL = {
 
 def sensible(case):
   """Stored gradients know no `stale_params`, and `delayed` knows no workers."""
-  if case['parallel'] == 'delayed' and case['inner'] == 'scaled':
+  if case['parallel'] == 'delayed' and (
+    case['inner'] == 'scaled' or case['select'].endswith('worker')
+  ):
     return False
   needs = helpers.INNERS[case['inner']].needs
   return case['dial'] != 'stored gradients' or 'stale_params' not in needs
@@ -509,6 +541,32 @@ def test_seed_may_be_traced():
 
   first, second = selections(jnp.arange(2))
   assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize('replays', [1, 3, 6])
+def test_a_rule_says_how_many(replays):
+  """All at most, but for those at -inf, and those that are NaN."""
+  preferences = jnp.array([-jnp.inf, 2.0, 3.0, math.nan, 3.0, -jnp.inf])
+  tx = gsgd_jax.guided(
+    optax.sgd(0.1),
+    window=6,
+    replays=replays,
+    select=lambda window, key: preferences,
+  )
+  state = tx.init(jnp.zeros([]))
+  for _ in range(6):
+    _, state = tx.update(jnp.zeros([]), state, jnp.zeros([]), value=1.0)
+  expected = [2, 4, 1, -1, -1, -1][:replays]
+  assert state.replayed.tolist() == expected
+
+
+def test_a_rule_of_another_shape_is_refused():
+  tx = gsgd_jax.guided(
+    optax.sgd(0.1), window=4, select=lambda window, key: window.scores[:2]
+  )
+  state = tx.init(jnp.zeros([]))
+  with pytest.raises(ValueError, match=r'shape \(4,\), got shape \(2,\)'):
+    tx.update(jnp.zeros([]), state, jnp.zeros([]), value=1.0)
 
 
 def test_a_diverged_run_does_not_replay():
