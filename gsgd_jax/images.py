@@ -114,7 +114,11 @@ def read(
 
 
 def memory_limit() -> int:
-  """Bytes of images above which a set is streamed: a quarter of the memory."""
+  """Up to where a set of images is held in memory, and not streamed.
+
+  Returns:
+    Bytes: a quarter of the memory, or 2 GiB where nobody knows how much it is.
+  """
   memory = _machine.memory()
   return 2**31 if memory is None else memory // 4
 

@@ -125,7 +125,10 @@ def asynchronous(
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is an
     ``AsynchronousState``: one gradient a worker (:func:`state_memory` says how
-    much). Donate it, or every step copies it. Steps run ``inner`` in a loop of
+    much). Its diagnostics: ``version`` (updates applied so far), ``worker``
+    (whose gradient is taken next), ``overwritten`` and ``lost`` (gradients so
+    far, where there can be any), ``inner_state``. Donate it, or every step
+    copies it. Steps run ``inner`` in a loop of
     zero or one trips, which cannot be differentiated in reverse.
 
   Raises:

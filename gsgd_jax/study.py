@@ -185,7 +185,14 @@ class Cell(NamedTuple):
 
 
 def shown(cell: Cell) -> str:
-  """A cell in words."""
+  """A cell in words.
+
+  Args:
+    cell: One of :func:`cells`.
+
+  Returns:
+    Its values on every axis, by commas: ``'digits, 64, ASGD'``.
+  """
   return ', '.join(cell.values.values())
 
 
