@@ -350,6 +350,8 @@ def draw(
   """
   text = config.model == 'gpt'
   plt = pyplot()
+  from matplotlib import ticker
+
   figure, axes = plt.subplots(
     2, 2, figsize=(11, 7.6), layout='constrained', sharey='row'
   )
@@ -365,6 +367,9 @@ def draw(
   loss_by_time.set(xlabel='simulated time, mean gradient computations')
   for axis in (by_time, loss_by_time):
     axis.set_xscale('log')  # Methods differ by factors.
+    # 300 has a place between its neighbours, where 3 x 10^2 has none.
+    axis.xaxis.set_major_formatter(ticker.LogFormatter())
+    axis.xaxis.set_minor_formatter(ticker.LogFormatter())
   first = []
   for history, style in _styled(histories):
     tested = history.test_loss if text else 100 * history.test_accuracy

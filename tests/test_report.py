@@ -1,5 +1,7 @@
 """What is said of measurements, and the picture of them."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -195,6 +197,26 @@ def test_a_picture_of_whatever_there_is(tmp_path, seeds):
       draw(path, config, histories)
     assert path.read_bytes().startswith(b'\x89PNG')
     path.unlink()
+
+
+def test_numbers_on_the_clock_do_not_overlap(tmp_path, monkeypatch):
+  histories = histories_of(FOUR)
+  figures = []
+  save = report.save
+  keep = lambda figure, *rest: (figures.append(figure), save(figure, *rest))
+  monkeypatch.setattr(report, 'save', keep)
+  config = config_of(*FOUR, seeds=3, learning_rate=0.1)
+  report.draw(tmp_path / 'curves.png', config, histories)
+  axes = figures[0].axes[1]
+  for limits in ((22, 700), (1.6, 470), (0.3, 2), (8, 1700)):
+    axes.set_xlim(limits)
+    figures[0].canvas.draw()
+    labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+    boxes = [t.get_window_extent() for t in labels if t.get_text()]
+    boxes = sorted((b.x0, b.x1) for b in boxes if b.x0 < figures[0].bbox.x1)
+    assert len(boxes) > 1
+    for (_, end), (start, _) in itertools.pairwise(boxes):
+      assert end < start
 
 
 def test_methods_with_equal_arrivals_share_a_line():
