@@ -199,6 +199,33 @@ def test_a_picture_of_whatever_there_is(tmp_path, seeds):
     path.unlink()
 
 
+@pytest.mark.parametrize(
+  'highest, top, texts',
+  [
+    ([(100.0, -0.5, 'r'), (2.0, 3.5, 'k')], 2.5, ['to 100 %']),
+    (
+      [(90.0, -0.5, 'r'), (100.0, 7.5, 'b'), (8.0, 3.5, 'k')],
+      10,
+      ['90', '100'],
+    ),
+    ([(100.0, -0.5, 'r')], 110, []),
+    ([(100.0, -0.5, 'r'), (20.0, 3.5, 'k')], 110, []),
+    ([(30.0, -0.5, 'r'), (2.0, 3.5, 'k')], 110, []),
+    ([], 110, []),
+  ],
+)
+def test_a_bar_is_cut_where_others_would_vanish(highest, top, texts):
+  plt = report.pyplot()
+  figure, axes = plt.subplots()
+  axes.set_ylim(0, 110)
+  report._cut(axes, highest)
+  assert axes.get_ylim() == (0, top)
+  shown = [text.get_text() for text in axes.texts]
+  assert len(shown) == len(texts)
+  assert all(text in said for text, said in zip(texts, shown, strict=True))
+  plt.close(figure)
+
+
 def test_numbers_on_the_clock_do_not_overlap(tmp_path, monkeypatch):
   histories = histories_of(FOUR)
   figures = []
