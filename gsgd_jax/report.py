@@ -2,6 +2,7 @@
 
 import pathlib
 import platform
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
@@ -480,13 +481,22 @@ def _arrivals(histories):
 
 
 def pyplot() -> Any:
-  """Matplotlib, loaded where it is needed, without a screen."""
+  """Matplotlib, loaded where it is needed, without a screen.
+
+  A notebook has no screen either, and shows its own pictures as before.
+  """
   import matplotlib
 
-  matplotlib.use('agg')
+  if not _in_notebook():
+    matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
   return plt
+
+
+def _in_notebook():
+  kernel = sys.modules.get('ipykernel.kernelapp')
+  return kernel is not None and kernel.IPKernelApp.initialized()
 
 
 def dashes(i: int) -> Any:

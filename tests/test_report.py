@@ -1,7 +1,10 @@
 """What is said of measurements, and the picture of them."""
 
 import itertools
+import sys
+import types
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -244,6 +247,17 @@ def test_numbers_on_the_clock_do_not_overlap(tmp_path, monkeypatch):
     assert len(boxes) > 1
     for (_, end), (start, _) in itertools.pairwise(boxes):
       assert end < start
+
+
+@pytest.mark.parametrize('notebook', [False, True])
+def test_a_notebook_shows_its_own_pictures_as_before(monkeypatch, notebook):
+  chosen = []
+  monkeypatch.setattr(matplotlib, 'use', chosen.append)
+  app = types.SimpleNamespace(initialized=lambda: notebook)
+  kernel = types.SimpleNamespace(IPKernelApp=app)
+  monkeypatch.setitem(sys.modules, 'ipykernel.kernelapp', kernel)
+  report.pyplot()
+  assert chosen == ([] if notebook else ['agg'])
 
 
 def test_methods_with_equal_arrivals_share_a_line():
