@@ -28,7 +28,13 @@ from gsgd_jax import (
   studying,
 )
 
-_HEIGHT = 720  # Pixels, of a report within a notebook.
+_HEIGHT = 1000  # Pixels, of a report within a notebook.
+# A narrow screen shows a part of them, which is moved, rather than them small.
+_TABLE = (
+  'font: 12px/1.4 monospace; white-space: pre; overflow-x: auto; padding: 0'
+)
+_PICTURES = 'overflow-x: auto'
+_PICTURE = 'width: 100%; min-width: 44rem; max-width: 72rem; background: white'
 
 
 class Run(NamedTuple):
@@ -45,20 +51,30 @@ class Run(NamedTuple):
   def __str__(self) -> str:
     return report.table(self.histories, losses=self.config.model == 'gpt')
 
+  def __repr__(self) -> str:
+    return str(self)  # What is shown where there is no HTML.
+
   def _repr_html_(self):
     """The table, and the pictures that `train.py` draws."""
-    drawn = [report.draw]
+    drawn = {'Accuracy and loss, by updates and by time': report.draw}
     if any(report.has_workers(h) for h in self.histories.values()):
-      drawn.append(report.draw_staleness)
+      alt = 'How stale gradients were, and which workers they were of'
+      drawn[alt] = report.draw_staleness
     with tempfile.TemporaryDirectory() as folder:
-      pictures = [self._picture(draw, pathlib.Path(folder)) for draw in drawn]
-    return f'<pre>{html.escape(str(self))}</pre>\n{"".join(pictures)}'
+      path = pathlib.Path(folder) / 'picture.png'
+      pictures = [self._picture(alt, drawn[alt], path) for alt in drawn]
+    return (
+      f'<pre style="{_TABLE}">{html.escape(str(self))}</pre>\n'
+      f'<div style="{_PICTURES}">\n{"".join(pictures)}</div>'
+    )
 
-  def _picture(self, draw, folder):
-    path = folder / 'picture.png'
+  def _picture(self, alt, draw, path):
     draw(path, self.config, self.histories)
     text = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{text}" style="max-width: 100%">\n'
+    return (
+      f'<img src="data:image/png;base64,{text}" alt="{alt}" '
+      f'style="{_PICTURE}">\n'
+    )
 
 
 class Report(NamedTuple):
@@ -77,7 +93,8 @@ class Report(NamedTuple):
     page = (self.workdir / 'report.html').read_text(encoding='utf-8')
     return (
       f'<iframe srcdoc="{html.escape(page)}" '
-      f'style="width: 100%; height: {_HEIGHT}px; border: 0"></iframe>'
+      f'style="width: 100%; height: {_HEIGHT}px; border: 1px solid #999999">'
+      '</iframe>'
     )
 
 
@@ -125,7 +142,8 @@ def compute(config: ml_collections.ConfigDict, workdir: str) -> Report:
   folder.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     stack.callback(files.lock(folder))
-    code = studying.run(config, found, folder, bar=True)
+    # The report has the tables that a terminal is shown.
+    code = studying.run(config, found, folder, bar=True, tables=False)
   if code == application.INTERRUPTED:
     raise KeyboardInterrupt
   if code != application.DONE:

@@ -37,7 +37,8 @@ def test_a_run_is_a_bar_a_table_and_pictures(capsys):
     )
   page = run._repr_html_()
   assert html.escape(report.table(run.histories)) in page
-  assert len(pictures(page)) == 2
+  assert repr(run) == str(run) == report.table(run.histories)
+  assert len(pictures(page)) == len(set(re.findall('alt="[^"]+"', page))) == 2
   alone = notebook.Run(run.config, {'sequential': run.histories['sequential']})
   assert len(pictures(alone._repr_html_())) == 1
 
@@ -62,7 +63,8 @@ def study_of(**changes):
 def test_a_study_shows_its_report_and_goes_on(tmp_path, capsys, monkeypatch):
   before = signal.getsignal(signal.SIGINT)
   found = notebook.compute(study_of(), str(tmp_path / 'study'))
-  assert '1/1' in capsys.readouterr().err
+  shown = capsys.readouterr()
+  assert '1/1' in shown.err and not shown.out
   assert signal.getsignal(signal.SIGINT) is before
   page = html.unescape(re.search('srcdoc="([^"]*)"', found._repr_html_())[1])
   assert page == (tmp_path / 'study' / 'report.html').read_text()
