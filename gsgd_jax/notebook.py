@@ -113,11 +113,19 @@ def train(config: ml_collections.ConfigDict) -> Run:
   """
   settings.check(config)
   resolved = experiment.resolved(config)
-  watch = application.Watch(resolved, sys.stderr, bar=True)
-  with contextlib.closing(watch):
-    histories = experiment.run(
-      config, lambda event: watch.add(event, time.perf_counter())
-    )
+  watch = None
+
+  def tell(event):
+    nonlocal watch
+    if watch is None:  # The config was found to be good.
+      watch = application.Watch(resolved, sys.stderr, bar=True)
+    watch.add(event, time.perf_counter())
+
+  try:
+    histories = experiment.run(config, tell)
+  finally:
+    if watch is not None:
+      watch.close()
   return Run(resolved, histories)
 
 

@@ -46,6 +46,10 @@ def test_a_run_is_a_bar_a_table_and_pictures(capsys):
 def test_a_bad_config_shows_no_bar(capsys):
   with pytest.raises(ValueError, match='workers must be'):
     notebook.train(config_of(methods=('asynchronous',), workers=0))
+  config = config_of(methods=('asynchronous',))
+  config.compensation_kwargs.dana.learning_rate = 0.1
+  with pytest.raises(ValueError, match='no method has it'):
+    notebook.train(config)
   assert not capsys.readouterr().err
 
 
