@@ -14,11 +14,14 @@ import pathlib
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from typing import NamedTuple
 
 import ml_collections
 
 from gsgd_jax import (
+  _prepared,
   application,
   events,
   experiment,
@@ -35,6 +38,9 @@ _TABLE = (
 )
 _PICTURES = 'overflow-x: auto'
 _PICTURE = 'width: 100%; min-width: 44rem; max-width: 72rem; background: white'
+# Whether it answers tells whether there is a network.
+_HOST = 'https://storage.googleapis.com'
+_ANSWERS_SECONDS = 10
 
 
 class Run(NamedTuple):
@@ -157,3 +163,49 @@ def compute(config: ml_collections.ConfigDict, workdir: str) -> Report:
   if code != application.DONE:
     raise RuntimeError('some cells could not be computed')
   return Report(folder)
+
+
+def prepared(name: str | None, otherwise: str) -> str:
+  """The dataset that an image set is, which is prepared if it is not yet.
+
+  Args:
+    name: As tensorflow-datasets has it; None: no image set.
+    otherwise: The dataset where there is none, or it cannot be prepared, for
+      want of a network or of TensorFlow; then a line says why.
+
+  Returns:
+    For the setting ``dataset``.
+  """
+  if name is None:
+    return otherwise
+  dataset = f'{_prepared.PREFIX}{name}'
+  try:
+    _prepare(name, dataset)
+  except Exception as e:  # What tfds raises may be anything.
+    why = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.')
+    print(f'{name} cannot be prepared ({why}); {otherwise} instead')
+    return otherwise
+  return dataset
+
+
+def _prepare(name, dataset):
+  with contextlib.suppress(ValueError):
+    _prepared.open_set(dataset, None)
+    return  # It was prepared before.
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder(name, file_format='array_record')
+  _check_online()
+  with _prepared.quiet():
+    builder.download_and_prepare()
+  _prepared.open_set(dataset, None)
+
+
+def _check_online():
+  """Raises an OSError where there is no network; tfds would try for minutes."""
+  try:
+    urllib.request.urlopen(_HOST, timeout=_ANSWERS_SECONDS).close()
+  except urllib.error.HTTPError:
+    pass  # It does answer.
+  except OSError as e:
+    raise OSError(f'{_HOST} cannot be reached') from e
