@@ -77,7 +77,7 @@ def open_set(name: str, data_dir: str | os.PathLike | None) -> Prepared:
     )
   root = _root(data_dir)
   tfds = _tfds(name)
-  with _quiet():
+  with quiet():
     known = tfds.list_builders(with_community_datasets=False)
     folder = _folder(name, root, *parts.groups())
     prepared = Prepared(name, folder, _command(name, parts[1] in known, root))
@@ -139,7 +139,7 @@ def _command(name, known, root):
 
 def _tfds(name):
   try:
-    with _quiet():
+    with quiet():
       import array_record.python.array_record_data_source
       import grain
       import tensorflow_datasets as tfds
@@ -153,7 +153,7 @@ def _tfds(name):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
   """Keeps tfds from printing, logging and warning of what we say ourselves."""
   logger = logging.getLogger('absl')
   before, logger.disabled = logger.disabled, True

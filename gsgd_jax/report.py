@@ -2,6 +2,7 @@
 
 import pathlib
 import platform
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
@@ -25,6 +26,8 @@ _DASHES = ('-', '--', '-', '--', '-.', ':')
 _MORE_DASHES = ((0, (3, 1, 1, 1, 1, 1)), (0, (10, 3)), (0, (1, 1)))
 _MOST_INSIDE = 6  # Names in a legend that has a place in its axes.
 _HIGHEST = 100  # Losses on a picture, over the first one.
+# The height of a bar, %, that is cut where all others are lower by a factor.
+_TOWER, _CUT_FROM = 75, 5
 
 _GUIDING = {
   'consistent': 'Guided SGD changes',
@@ -350,6 +353,8 @@ def draw(
   """
   text = config.model == 'gpt'
   plt = pyplot()
+  from matplotlib import ticker
+
   figure, axes = plt.subplots(
     2, 2, figsize=(11, 7.6), layout='constrained', sharey='row'
   )
@@ -365,6 +370,9 @@ def draw(
   loss_by_time.set(xlabel='simulated time, mean gradient computations')
   for axis in (by_time, loss_by_time):
     axis.set_xscale('log')  # Methods differ by factors.
+    # 300 has a place between its neighbours, where 3 x 10^2 has none.
+    axis.xaxis.set_major_formatter(ticker.LogFormatter())
+    axis.xaxis.set_minor_formatter(ticker.LogFormatter())
   first = []
   for history, style in _styled(histories):
     tested = history.test_loss if text else 100 * history.test_accuracy
@@ -406,12 +414,13 @@ def draw_staleness(
   )
   right.axhline(1, color='#999999', linewidth=1, linestyle=':')
   width = transformation.bin_width(config)
-  most = 1
+  most, highest = 1, []
   for arrivals, style in _arrivals(histories):
     counts = np.trim_zeros(arrivals.histogram, 'b')
     most = max(most, len(counts))
     edges = np.arange(len(counts) + 1) * width - 0.5
     share = 100 * counts / counts.sum()
+    highest.append((share.max(), edges[share.argmax()], style['color']))
     left.stairs(share, edges, fill=True, color=style['color'], alpha=0.12)
     left.stairs(share, edges, **style)
     workers = len(arrivals.shares)
@@ -420,10 +429,34 @@ def draw_staleness(
   if most == transformation.BINS:
     left.set(xlabel='staleness, updates (the last bin: all above)')
   left.set_ylim(bottom=0)
+  _cut(left, highest)
   right.set_ylim(0, max(2, right.get_ylim()[1]))
   _legend(figure, right, 'upper left')
   seeds = f'{config.seeds} seeds' if config.seeds > 1 else 'one seed'
   save(figure, axes, f'{_setting(config, histories)}: {seeds}', path)
+
+
+def _cut(axes, highest):
+  """Ends bars beside which all others would vanish; numbers tell their heights.
+
+  Args:
+    axes: Of bars in percent.
+    highest: Of every line its highest bar, where that is, and its colour.
+  """
+  low = [height for height, _, _ in highest if height < _TOWER]
+  cut = [bar for bar in highest if bar[0] >= _TOWER]
+  if not low or max(low) * _CUT_FROM > _TOWER:
+    return
+  axes.set_ylim(0, 1.25 * max(low))
+  for height, x, colour in cut:
+    axes.annotate(
+      f'to {height:.0f} %',
+      (x, 1),
+      xycoords=('data', 'axes fraction'),
+      xytext=(8, -12),
+      textcoords='offset points',
+      color=colour,
+    )
 
 
 def _arrivals(histories):
@@ -448,13 +481,22 @@ def _arrivals(histories):
 
 
 def pyplot() -> Any:
-  """Matplotlib, loaded where it is needed, without a screen."""
+  """Matplotlib, loaded where it is needed, without a screen.
+
+  A notebook has no screen either, and shows its own pictures as before.
+  """
   import matplotlib
 
-  matplotlib.use('agg')
+  if not _in_notebook():
+    matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
   return plt
+
+
+def _in_notebook():
+  kernel = sys.modules.get('ipykernel.kernelapp')
+  return kernel is not None and kernel.IPKernelApp.initialized()
 
 
 def dashes(i: int) -> Any:

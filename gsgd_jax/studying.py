@@ -114,6 +114,7 @@ def run(
   found: Sequence[study.Cell],
   workdir: pathlib.Path,
   bar: bool | None = None,
+  tables: bool = True,
 ) -> int:
   """Computes what is missing of a study, and writes its report.
 
@@ -122,15 +123,16 @@ def run(
     found: What `check` has returned.
     workdir: Its folder; this process has locked it.
     bar: Whether progress is a bar; None: on a terminal.
+    tables: Whether what was found, and where it is written, is printed as well.
 
   Returns:
     The exit code.
   """
   with _listening():
-    return _run(config, found, workdir, bar)
+    return _run(config, found, workdir, bar, tables)
 
 
-def _run(config, found, workdir, bar):
+def _run(config, found, workdir, bar, tables):
   lines = finished(workdir) if config.resume else {}
   missing = list({c.key: c for c in found if c.key not in lines}.values())
   whole = len({c.key for c in found})
@@ -143,7 +145,7 @@ def _run(config, found, workdir, bar):
   progress = _Progress(whole, whole - len(missing), sys.stderr, bar)
   mend(workdir)
   code = _compute(config, missing, workdir, progress, lines)
-  _report(config, found, lines, workdir)
+  _report(config, found, lines, workdir, tables)
   if code == application.INTERRUPTED:
     application.warn(f'interrupted; --workdir={workdir} goes on')
   return code
@@ -235,7 +237,7 @@ def _plain(config):
   return files.plain(plain | {'axes': dict(config.axes)})
 
 
-def _report(config, found, lines, workdir):
+def _report(config, found, lines, workdir, tables):
   results = study.outcomes_of(found, lines)
   done = sum(c.key in lines for c in found)
   progress = 'finished'
@@ -246,8 +248,9 @@ def _report(config, found, lines, workdir):
   written = study_report.write(
     workdir, config.title, config.description, results, progress
   )
-  application.say(study_report.text(results))
-  application.say('\n' + '\n'.join(str(workdir / name) for name in written))
+  if tables:
+    application.say(study_report.text(results))
+    application.say('\n' + '\n'.join(str(workdir / name) for name in written))
 
 
 class _Progress:

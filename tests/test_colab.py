@@ -30,6 +30,9 @@ def said(cell):
 
 def test_it_runs_and_shows_pictures(tmp_path, monkeypatch):
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  # Programs that come again, as the sequential one, are compiled once.
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'compiled'))
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   monkeypatch.setenv('PYTHONPATH', str(NOTEBOOK.parents[1]))
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   (settings,) = (

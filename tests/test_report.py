@@ -1,5 +1,10 @@
 """What is said of measurements, and the picture of them."""
 
+import itertools
+import sys
+import types
+
+import matplotlib
 import numpy as np
 import pytest
 
@@ -195,6 +200,64 @@ def test_a_picture_of_whatever_there_is(tmp_path, seeds):
       draw(path, config, histories)
     assert path.read_bytes().startswith(b'\x89PNG')
     path.unlink()
+
+
+@pytest.mark.parametrize(
+  'highest, top, texts',
+  [
+    ([(100.0, -0.5, 'r'), (2.0, 3.5, 'k')], 2.5, ['to 100 %']),
+    (
+      [(90.0, -0.5, 'r'), (100.0, 7.5, 'b'), (8.0, 3.5, 'k')],
+      10,
+      ['90', '100'],
+    ),
+    ([(100.0, -0.5, 'r')], 110, []),
+    ([(100.0, -0.5, 'r'), (20.0, 3.5, 'k')], 110, []),
+    ([(30.0, -0.5, 'r'), (2.0, 3.5, 'k')], 110, []),
+    ([], 110, []),
+  ],
+)
+def test_a_bar_is_cut_where_others_would_vanish(highest, top, texts):
+  plt = report.pyplot()
+  figure, axes = plt.subplots()
+  axes.set_ylim(0, 110)
+  report._cut(axes, highest)
+  assert axes.get_ylim() == (0, top)
+  shown = [text.get_text() for text in axes.texts]
+  assert len(shown) == len(texts)
+  assert all(text in said for text, said in zip(texts, shown, strict=True))
+  plt.close(figure)
+
+
+def test_numbers_on_the_clock_do_not_overlap(tmp_path, monkeypatch):
+  histories = histories_of(FOUR)
+  figures = []
+  save = report.save
+  keep = lambda figure, *rest: (figures.append(figure), save(figure, *rest))
+  monkeypatch.setattr(report, 'save', keep)
+  config = config_of(*FOUR, seeds=3, learning_rate=0.1)
+  report.draw(tmp_path / 'curves.png', config, histories)
+  axes = figures[0].axes[1]
+  for limits in ((22, 700), (1.6, 470), (0.3, 2), (8, 1700)):
+    axes.set_xlim(limits)
+    figures[0].canvas.draw()
+    labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+    boxes = [t.get_window_extent() for t in labels if t.get_text()]
+    boxes = sorted((b.x0, b.x1) for b in boxes if b.x0 < figures[0].bbox.x1)
+    assert len(boxes) > 1
+    for (_, end), (start, _) in itertools.pairwise(boxes):
+      assert end < start
+
+
+@pytest.mark.parametrize('notebook', [False, True])
+def test_a_notebook_shows_its_own_pictures_as_before(monkeypatch, notebook):
+  chosen = []
+  monkeypatch.setattr(matplotlib, 'use', chosen.append)
+  app = types.SimpleNamespace(initialized=lambda: notebook)
+  kernel = types.SimpleNamespace(IPKernelApp=app)
+  monkeypatch.setitem(sys.modules, 'ipykernel.kernelapp', kernel)
+  report.pyplot()
+  assert chosen == ([] if notebook else ['agg'])
 
 
 def test_methods_with_equal_arrivals_share_a_line():
