@@ -34,10 +34,10 @@ def install():
   compiler.get_compile_options = get_compile_options
 
 
-def environment():
-  """That of a process that compiles like this."""
+def environment(**changes):
+  """That of a process that compiles like this, with changes to our own."""
   flags = [f'--{name}={value}'.lower() for name, value in known().items()]
-  ours = {WITHOUT.upper(): '1'} | os.environ
+  ours = {WITHOUT.upper(): '1'} | os.environ | changes
   if ours[WITHOUT.upper()] == '1':
     ours['XLA_FLAGS'] = ' '.join([ours.get('XLA_FLAGS', ''), *flags]).strip()
   return ours

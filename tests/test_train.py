@@ -323,7 +323,7 @@ def test_openml_from_its_cache(tmp_path):
     '--config.parallel=sequential',
     '--workdir=out',
     *SMALL,
-    env={**os.environ, 'SCIKIT_LEARN_DATA': str(tmp_path / 'cache')},
+    env=quick.environment(SCIKIT_LEARN_DATA=str(tmp_path / 'cache')),
   )
   assert done.returncode == 0, done.stderr
   assert assert_schema(tmp_path / 'out')['config']['dataset'] == 'openml:tiny'
