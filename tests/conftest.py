@@ -1,7 +1,6 @@
 """Strict: float64, no silent promotion; and warnings are errors (pyproject).
 
-XLA leaves out its costly optimisations, as most of the time is compilation;
-`JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` has them in every test.
+What is compiled is compiled fast, but where a test is about that; see `quick`.
 
 There are eight devices. What uses all that there are is shown one, unless a
 test is about more.
@@ -14,17 +13,18 @@ import jax
 import pytest
 
 from gsgd_jax import parallel
-from tests import tfds_digits
+from tests import quick, tfds_digits
 
 _STRICT = {
   'jax_enable_x64': True,
   'jax_numpy_rank_promotion': 'raise',
   'jax_numpy_dtype_promotion': 'strict',
 }
-if 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ:
-  _STRICT['jax_disable_most_optimizations'] = True
+if quick.WITHOUT.upper() not in os.environ:
+  _STRICT[quick.WITHOUT] = True
 
 jax.config.update('jax_num_cpu_devices', 8)
+quick.install()
 
 hypothesis.settings.register_profile(
   'default',
@@ -70,7 +70,7 @@ def as_users_run_it(strict):
 def as_users_compile_it(strict):
   """For tests of bits, of memory, or of the compiled program."""
   del strict
-  jax.config.update('jax_disable_most_optimizations', False)
+  jax.config.update(quick.WITHOUT, False)
 
 
 @pytest.fixture(scope='session')

@@ -14,6 +14,8 @@ import time
 import numpy as np
 import pytest
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = [
   '--config.dataset=iris',
@@ -31,13 +33,18 @@ def free_port():
     return s.getsockname()[1]
 
 
-def alone(folder, devices, *flags):
+def as_users_compile_it(**changes):
+  """An environment; that of most of these tests is quick's."""
+  return os.environ | changes
+
+
+def alone(folder, devices, *flags, environment=quick.environment):
   """One process with so many devices."""
   number = f'--xla_force_host_platform_device_count={devices}'
   return subprocess.run(
     [sys.executable, ROOT / 'train.py', *SHORT, *flags, '--workdir=run'],
     cwd=folder,
-    env={**os.environ, 'XLA_FLAGS': number},
+    env=environment(XLA_FLAGS=number),
     capture_output=True,
     text=True,
     timeout=300,
@@ -47,7 +54,9 @@ def alone(folder, devices, *flags):
 class Pair:
   """The guide's two processes, with a device each."""
 
-  def __init__(self, folder, *flags, own=((), ())):
+  def __init__(
+    self, folder, *flags, own=((), ()), environment=quick.environment
+  ):
     commands = re.findall(
       r'^python train.py (--config.distributed.*?)(?: &)?$',
       (ROOT / 'docs' / 'devices.md').read_text(),
@@ -68,6 +77,7 @@ class Pair:
           *its_own,
         ],
         cwd=folder,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -110,16 +120,19 @@ def test_two_processes_end_where_one_does(tmp_path):
     '--config.evaluate_every=25',
     '--config.delay=3',
   ]
+  compiled = dict(environment=as_users_compile_it)
   some = 'sequential,synchronous'  # Of others on devices see test_devices.
   every = f'{some},asynchronous+consistent,delayed'
   folders = [tmp_path / name for name in ('one', 'two', 'pair')]
   for folder in folders:
     folder.mkdir()
   runs = [
-    alone(folders[i], i + 1, *flags, f'--config.methods={methods}')
+    alone(folders[i], i + 1, *flags, f'--config.methods={methods}', **compiled)
     for i, methods in enumerate((every, some))
   ]
-  with Pair(folders[2], *flags, f'--config.methods={every}') as pair:
+  with Pair(
+    folders[2], *flags, f'--config.methods={every}', **compiled
+  ) as pair:
     ends = [pair.end_of(i, 300) for i in range(2)]
   for run in runs:
     assert run.returncode == 0, run.stderr
@@ -218,7 +231,7 @@ def test_numbers_that_the_cluster_says(tmp_path):
     subprocess.Popen(
       command,
       cwd=tmp_path,
-      env={**os.environ, **slurm, 'SLURM_PROCID': i, 'SLURM_LOCALID': i},
+      env=quick.environment(**slurm, SLURM_PROCID=i, SLURM_LOCALID=i),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -337,7 +350,7 @@ def test_parameters_of_two_processes(tmp_path):
   program = tmp_path / 'program.py'
   program.write_text(textwrap.dedent(PROGRAM))
   port = str(free_port())
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  environment = quick.environment(PYTHONPATH=str(ROOT), XLA_FLAGS='')
 
   def start(number, own):
     return subprocess.Popen(

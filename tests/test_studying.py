@@ -13,10 +13,9 @@ import time
 import pytest
 
 from gsgd_jax import studying
-from tests import test_train
+from tests import quick, test_train
 
 ROOT = pathlib.Path(__file__).parents[1]
-QUICK = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **os.environ}
 CONFIG = """
 from gsgd_jax import study
 
@@ -50,7 +49,7 @@ def start(folder, *arguments):
     ],
     cwd=folder,
     text=True,
-    env=QUICK,
+    env=quick.environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
   )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from gsgd_jax import checkpoints
-from tests import openml_cache
+from tests import openml_cache, quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / 'docs' / 'files.schema.json').read_text())
@@ -35,18 +35,14 @@ FILES = {
 }
 
 
-# Most of a short run is compilation. What compiles as users do says
-# `env=os.environ`.
-QUICK = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **os.environ}
-
-
+# What compiles as users do says `env=os.environ`.
 def start(directory, *arguments, before=(), **options):
   pipe = subprocess.PIPE
   return subprocess.Popen(
     [*before, sys.executable, str(ROOT / 'train.py'), *arguments],
     cwd=directory,
     text=True,
-    **{'stdout': pipe, 'stderr': pipe, 'env': QUICK, **options},
+    **{'stdout': pipe, 'stderr': pipe, 'env': quick.environment(), **options},
   )
 
 
@@ -327,7 +323,7 @@ def test_openml_from_its_cache(tmp_path):
     '--config.parallel=sequential',
     '--workdir=out',
     *SMALL,
-    env={**os.environ, 'SCIKIT_LEARN_DATA': str(tmp_path / 'cache')},
+    env=quick.environment(SCIKIT_LEARN_DATA=str(tmp_path / 'cache')),
   )
   assert done.returncode == 0, done.stderr
   assert assert_schema(tmp_path / 'out')['config']['dataset'] == 'openml:tiny'
