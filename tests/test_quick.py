@@ -1,6 +1,7 @@
 """Tests compile fast, and as users do where they ask for it."""
 
 import jax
+import pytest
 from jax._src import compiler
 
 from tests import quick
@@ -8,7 +9,10 @@ from tests import quick
 
 def given():
   """Options that what is compiled now would be given."""
-  return dict(compiler.get_compile_options(1, 1).env_option_overrides)
+  if not hasattr(compiler, quick.HOOK):
+    pytest.skip('this JAX is not told how to compile')
+  options = getattr(compiler, quick.HOOK)(1, 1)
+  return dict(options.env_option_overrides)
 
 
 def test_tests_compile_fast():
