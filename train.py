@@ -52,6 +52,7 @@ _WANTED = {
   'Error while parsing string': 'values with commas between them',
   'Failed to parse': 'a dict of arguments',
 }
+_HELP = {'?', 'help', 'helpfull', 'helpshort', 'helpxml'}  # absl's flags.
 
 
 @contextlib.contextmanager
@@ -255,8 +256,14 @@ def _take(workdir, files):
 
 
 def _parse(argv):
+  names = {argument.lstrip('-') for argument in argv[1:]}
   with _bad_config():
-    return flags.FLAGS(argv)
+    try:
+      return flags.FLAGS(argv)
+    except SystemExit:
+      if not names & _HELP:
+        raise
+  sys.exit(0)  # What was asked for has been printed; absl says 1.
 
 
 if __name__ == '__main__':

@@ -177,6 +177,12 @@ def test_the_main_job(tmp_path):
   assert [m['staleness'][0] for m in asynchronous] == [None, 1.7, 2.0]
 
 
+def test_help_is_no_error(tmp_path):
+  run = train(tmp_path, '--help')
+  assert (run.returncode, run.stderr) == (0, '')
+  assert '--config.optimizer=adamw' in run.stdout and '--mode' in run.stdout
+
+
 def test_config_and_workdir_and_that_no_run_is_overwritten(tmp_path, forked):
   arguments = (
     f'--config={ROOT}/configs/breast_cancer.py',
