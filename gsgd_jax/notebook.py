@@ -205,7 +205,7 @@ def _check_online():
   """Raises an OSError where there is no network; tfds would try for minutes."""
   try:
     urllib.request.urlopen(_HOST, timeout=_ANSWERS_SECONDS).close()
-  except urllib.error.HTTPError:
-    pass  # It does answer.
+  except urllib.error.HTTPError as e:
+    e.close()  # It does answer.
   except OSError as e:
     raise OSError(f'{_HOST} cannot be reached') from e

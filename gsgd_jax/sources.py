@@ -373,6 +373,8 @@ def _fetch(dataset, name, version, target):
     reason = str(getattr(e, 'reason', None) or e) or type(e).__name__
     offline = (urllib.error.URLError, TimeoutError, ConnectionError)
     answered = isinstance(e, urllib.error.HTTPError)
+    if answered:
+      e.close()
     if isinstance(e, offline) and not answered:
       reason = f'a network connection is needed ({reason})'
     raise ValueError(

@@ -1,5 +1,6 @@
 """Raw examples: bundled sets, files of either format, OpenML's cache."""
 
+import contextlib
 import http.client
 import os
 import pathlib
@@ -673,8 +674,10 @@ def test_openml_needs_the_network_once(cache, network, error):
   ],
 )
 def test_a_set_that_openml_does_not_have(network, name, reason):
-  network.error = urllib.error.HTTPError('', 412, 'No results', {}, None)
-  fails(name, match=f'{name} cannot be read: {reason}')
+  error = urllib.error.HTTPError('', 412, 'No results', {}, None)
+  with contextlib.closing(error):
+    network.error = error
+    fails(name, match=f'{name} cannot be read: {reason}')
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ def test_of_one_parameter_full_braking_stops():
     return (w + updates, state), w
 
   w = jnp.ones([])
-  _, ws = jax.lax.scan(step, (w, tx.init(w)), length=4000)
+  # The square of 0.9^3364, what is left of the momentum, is nothing any more.
+  _, ws = jax.lax.scan(step, (w, tx.init(w)), length=3000)
   # The first gradient, with what momentum makes of it, and no other.
   assert ws[-1] == pytest.approx(0.9)
