@@ -48,14 +48,15 @@ class Window(NamedTuple):
       function.
     updates: The gradients, leaves with a leading axis of the window; ``None``
       unless they are stored.
-    batches: The batches, likewise; ``None`` without ``batch_like``.
+    batches: The batches, likewise; ``None`` without ``batch_like``. On several
+      devices they are a device's share, on which no choice may depend.
 
   Examples:
     A rule for ``guided(..., select=lowest)``, the batches of lowest loss:
 
     >>> import jax, jax.numpy as jnp
     >>> import gsgd_jax, optax
-    >>> def lowest(window, key):
+    >>> def lowest(window, **known):
     ...   return jnp.where(window.scores > 0, -window.losses, -jnp.inf)
     >>> tx = gsgd_jax.guided(optax.sgd(0.1), window=4, select=lowest)
     >>> state = tx.init(jnp.zeros(()))
@@ -75,8 +76,8 @@ class Window(NamedTuple):
   batches: Any
 
 
-# `select(window, key)`: how much every batch is preferred.
-Select = Callable[[Window, jax.Array], jax.Array]
+# `select(window, key=key, params=params)`: how much every batch is preferred.
+Select = Callable[..., jax.Array]
 
 
 class GuidedState(NamedTuple):
@@ -178,22 +179,24 @@ def guided(
       the compiled program; large data belong in the batch.
     window: Updates in a window, :math:`\rho` (the paper's delay tolerance), at
       least 1. With ``optax.inject_hyperparams`` name ``window``, ``replays``,
-      ``revisit``, ``average_scores``, ``seed``, ``loss_fn`` and ``batch_like``
-      in ``static_args``.
+      ``revisit``, ``average_scores``, ``seed``, ``loss_fn``, ``batch_like``
+      and a function ``select`` in ``static_args``.
     replays: The most batches replayed a window, from 0 to ``window``. ``None``
       is ``min(4, window // 2)``; 0 is plain ``inner``.
     revisit: How many of the last batches to score anew: ``None`` for all, or
       an int of at least 0; 0 scores all by the loss their worker computed.
-    select: Which batches are replayed, always as many as ``'consistent'``
-      would: ``'consistent'`` (highest scores), ``'random'``, ``'hardest'``
-      (highest latest known loss), ``'inconsistent'`` (lowest scores),
-      ``'surprise'`` (highest :math:`|V_{t-1} - \text{value}_t|` on arrival).
-      Or a rule of your own, ``select(window, key)``: given a
-      :class:`Window` and a PRNG key of that window it returns how much each
-      batch is preferred, shape ``(window,)``. The highest are replayed, at
-      most ``replays``; one at ``-inf`` is not, so
+    select: Which batches are replayed; by name, always as many as
+      ``'consistent'`` would: ``'consistent'`` (highest scores),
+      ``'random'``, ``'hardest'`` (highest latest known loss),
+      ``'inconsistent'`` (lowest scores), ``'surprise'`` (highest
+      :math:`|V_{t-1} - \text{value}_t|` on arrival). Or a rule of your own,
+      ``select(window, *, key, params, **_)``, called at a window's end: given
+      a :class:`Window`, a PRNG key of that window and the parameters
+      (``None`` where they are not known) it returns how much each batch is
+      preferred, floats of shape ``(window,)``. The ``replays`` highest are
+      replayed, whatever their scores, but for those at ``-inf`` or NaN:
       ``jnp.where(window.scores > 0, ..., -jnp.inf)`` replays as many as the
-      others do.
+      names do. More may be passed by keyword in later versions.
     average_scores: Whether a score is the mean of what a batch collected, as
       in the convolutional variant.
     replay_with: A transformation that applies replays instead of ``inner``,
@@ -220,8 +223,8 @@ def guided(
     ValueError: An argument is out of its range, ``loss_fn`` without
       ``batch_like``, ``revisit`` without ``loss_fn``, :func:`drop_stale` or
       :func:`rennala` inside; in ``update``, ``value``
-      or ``batch`` are missing or misshapen, ``params`` are missing, or a rule
-      returns another shape.
+      or ``batch`` are missing or misshapen, or ``params`` are missing; in
+      ``init``, ``select`` cannot be called or returns something else.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -272,14 +275,18 @@ def guided(
         'belongs around it: drop_stale(guided(...), ...), not '
         'guided(drop_stale(...)); likewise rennala'
       )
+    window = _empty_window(rule, params, batch_like)
+    key = jax.random.PRNGKey(seed) if rule.draws else None
+    if callable(select):
+      _check_select(rule, window, key, params)
     return GuidedState(
       count=jnp.zeros([], jnp.int32),
       average_error=jnp.full([], jnp.inf, _protocol.score_dtype()),
-      window=_empty_window(rule, params, batch_like),
+      window=window,
       replayed=jnp.full([rule.replays], -1, jnp.int32),
       gradient_evaluations=jnp.zeros([], jnp.int32),
       replays=_no_replays(rule, batch_like),
-      key=jax.random.PRNGKey(seed) if rule.draws else None,
+      key=key,
       inner_state=inner_state,
       replay_state=_protocol.Unread(replayer.init(params)),
     )
@@ -306,8 +313,7 @@ def guided(
     average = _average_error(rule, state, at, value, extra_args)
     scored = _scored(rule, state, entered, at, average, value)
     ends = position == rule.window - 1
-    order, number = _selected(rule, state, scored)
-    number = jnp.where(ends, number, 0)
+    order, number = _selected(rule, state, scored, at, ends)
     replaying = jnp.arange(rule.replays, dtype=jnp.int32) < number
     new_updates, inner_state, replay_state = _replay(
       rule,
@@ -488,18 +494,37 @@ def _scored(rule, state, window, params, average, value):
   )
 
 
-def _selected(rule, state, window):
-  """Positions to replay, in order, and how many of them."""
+def _check_select(rule, window, key, params):
+  """A rule of one's own has to say a float for every batch."""
+  call = lambda w, k, p: rule.select(w, key=k, params=p)
+  try:
+    said = jax.eval_shape(call, window, key, params)
+  except TypeError as e:
+    raise ValueError(
+      f'select must be a function of (window, *, key, params), but: {e}'
+    ) from e
+  if not (
+    isinstance(said, jax.ShapeDtypeStruct)
+    and said.shape == (rule.window,)
+    and jnp.issubdtype(said.dtype, jnp.floating)
+  ):
+    raise ValueError(
+      'select must return floats, a preference for each batch of the window, '
+      f'shape {(rule.window,)}, got {said}; a mask is '
+      'jnp.where(mask, 0.0, -jnp.inf)'
+    )
+
+
+def _selected(rule, state, window, params, ends):
+  """Positions to replay, in order, and how many: none but at a window's end."""
   eligible = window.scores > 0
   key_of = lambda: jax.random.fold_in(state.key, state.count // rule.window)
   if callable(rule.select):
-    preference = rule.select(window, key_of())
-    preference = jnp.asarray(preference, _protocol.score_dtype())
-    if preference.shape != (rule.window,):
-      raise ValueError(
-        'select must return a preference for each batch of the window, shape '
-        f'{(rule.window,)}, got shape {preference.shape}'
-      )
+    preference = _ring.when(
+      ends,
+      lambda _: rule.select(window, key=key_of(), params=params),
+      jnp.full([rule.window], -jnp.inf, _protocol.score_dtype()),
+    )
     eligible = preference > -jnp.inf
   elif rule.select == 'random':
     preference = jax.random.uniform(key_of(), [rule.window])
@@ -510,7 +535,7 @@ def _selected(rule, state, window):
       'hardest': window.losses,
       'surprise': window.surprises,
     }[rule.select]
-  number = jnp.minimum(jnp.sum(eligible), rule.replays)
+  number = jnp.where(ends, jnp.minimum(jnp.sum(eligible), rule.replays), 0)
   order = jnp.argsort(-preference, stable=True)[: rule.replays]
   return order.astype(jnp.int32), number.astype(jnp.int32)
 

@@ -21,7 +21,7 @@ def drawn(key, window):
 # Rules of one's own: of a window, and of the oracle's entries.
 OWN = {
   'easy and surprising': (
-    lambda window, key: jnp.where(
+    lambda window, **known: jnp.where(
       window.surprises > 0, window.surprises - window.losses, -jnp.inf
     ),
     lambda entry, number: (
@@ -29,7 +29,7 @@ OWN = {
     ),
   ),
   'drawn by staleness and worker': (
-    lambda window, key: (
+    lambda window, *, key, params: (
       drawn(key, len(window.scores))
       * (1 + window.staleness + window.workers).astype(window.scores.dtype)
     ),
@@ -551,7 +551,7 @@ def test_a_rule_says_how_many(replays):
     optax.sgd(0.1),
     window=6,
     replays=replays,
-    select=lambda window, key: preferences,
+    select=lambda window, **known: preferences,
   )
   state = tx.init(jnp.zeros([]))
   for _ in range(6):
@@ -560,13 +560,62 @@ def test_a_rule_says_how_many(replays):
   assert state.replayed.tolist() == expected
 
 
-def test_a_rule_of_another_shape_is_refused():
-  tx = gsgd_jax.guided(
-    optax.sgd(0.1), window=4, select=lambda window, key: window.scores[:2]
+@pytest.mark.parametrize(
+  'rule, reason',
+  [
+    (lambda window, **_: window.scores[:2], r'shape \(4,\), got .*shape=\(2,'),
+    (lambda window, **_: window.scores > 0, 'floats.*got .*bool.*a mask is'),
+    (lambda window, **_: window.workers, 'floats.*got .*int32'),
+    (lambda window, **_: jnp.zeros(4, complex), 'floats.*got .*complex'),
+    (lambda window, **_: None, 'floats.*got None'),
+    (lambda window, **_: {'a': window.scores}, "floats.*got {'a': "),
+    (lambda window, **_: 1.0, r'floats.*got .*shape=\(\)'),
+    (
+      lambda window: window.scores,
+      r'of \(window, \*, key, params\), but: .*key',
+    ),
+  ],
+)
+def test_rules_that_cannot_be(rule, reason):
+  tx = gsgd_jax.guided(optax.sgd(0.1), window=4, select=rule)
+  with pytest.raises(ValueError, match=f'select must .*{reason}'):
+    tx.init(jnp.zeros([]))
+
+
+def test_a_rule_knows_the_window_and_its_end():
+  """Its batches and the parameters: every loss is taken anew."""
+  problem = helpers.make_problem('logistic', 4, 3, 40, seed=6)
+
+  def run(select, **settings):
+    tx = gsgd_jax.guided(
+      optax.sgd(0.1),
+      problem.loss_fn,
+      window=5,
+      select=select,
+      batch_like=problem.batch_like,
+      **settings,
+    )
+    ((flat, state),) = helpers.run(
+      gsgd_jax.asynchronous(tx, 3, batch_like=problem.batch_like),
+      problem,
+      'scan',
+    )
+    return flat, state.inner_state.replayed
+
+  def hardest_now(window, *, params, **_):
+    losses = jax.vmap(lambda batch: problem.loss_fn(params, batch))
+    return jnp.where(window.scores > 0, losses(window.batches), -jnp.inf)
+
+  # That of `'hardest'` with all losses taken anew, but for the arriving batch,
+  # whose score is 0.
+  flat, replayed = run(hardest_now, revisit=None)
+  named = lambda window, **_: jnp.where(
+    window.scores > 0, window.losses, -jnp.inf
   )
-  state = tx.init(jnp.zeros([]))
-  with pytest.raises(ValueError, match=r'shape \(4,\), got shape \(2,\)'):
-    tx.update(jnp.zeros([]), state, jnp.zeros([]), value=1.0)
+  expected, expected_replayed = run(named, revisit=None)
+  assert (replayed >= 0).sum() > 5
+  np.testing.assert_array_equal(replayed, expected_replayed)
+  np.testing.assert_allclose(flat, expected, rtol=1e-9)
 
 
 def test_a_diverged_run_does_not_replay():
