@@ -65,6 +65,9 @@ def _bad_input():
     _fail(reason.rpartition('earlier failure to load: ')[2])
   except flags.IllegalFlagValueError as e:
     _fail(_illegal_value(str(e)))
+  except flags.UnrecognizedFlagError as e:
+    sentence = str(e).strip().splitlines()[0]
+    _fail(f'{sentence}; settings are flags as --config.NAME=VALUE')
   except (flags.Error, TypeError, ValueError) as e:
     _fail(str(e).strip().splitlines()[0])
 
@@ -256,6 +259,7 @@ def _take(workdir, files):
 
 
 def _parse(argv):
+  argv = ['--help' if argument == '-h' else argument for argument in argv]
   names = {argument.lstrip('-') for argument in argv[1:]}
   with _bad_config():
     try:

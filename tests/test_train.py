@@ -177,8 +177,9 @@ def test_the_main_job(tmp_path):
   assert [m['staleness'][0] for m in asynchronous] == [None, 1.7, 2.0]
 
 
-def test_help_is_no_error(tmp_path):
-  run = train(tmp_path, '--help')
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help_is_no_error(tmp_path, flag):
+  run = train(tmp_path, flag)
   assert (run.returncode, run.stderr) == (0, '')
   assert '--config.optimizer=adamw' in run.stdout and '--mode' in run.stdout
 
