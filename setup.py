@@ -14,11 +14,12 @@ def description():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   repository = project['urls']['Repository']
   version = (ROOT / 'gsgd_jax' / '_version.py').read_text().split("'")[1]
+  tag = 'main' if 'dev' in version else f'v{version}'
   text = (ROOT / 'README.md').read_text(encoding='utf-8')
   for link, folder in ((r'\]\(', 'blob'), ('src="', 'raw')):
-    there = f'{repository}/{folder}/v{version}/'
+    there = f'{repository}/{folder}/{tag}/'
     text = re.sub(f'({link})(?!https:|#)', rf'\g<1>{there}', text)
-  return text
+  return text.replace('/blob/main/', f'/blob/{tag}/')  # The notebook's.
 
 
 setuptools.setup(

@@ -22,9 +22,11 @@ def test_the_version_is_one():
   released = re.findall(r'^## \[(\d.*)\] - (\S+)$', changelog, re.MULTILINE)
   assert released[0] == (cited('version'), cited('date-released'))
   # Between releases the package is on its way to the next one.
-  assert gsgd_jax.__version__ == cited('version') or re.fullmatch(
-    r'\d+\.\d+\.\d+\.dev0', gsgd_jax.__version__
-  )
+  numbers = lambda version: [int(part) for part in version.split('.')]
+  ours, dev, rest = gsgd_jax.__version__.partition('.dev0')
+  assert not rest
+  ahead = numbers(ours) > numbers(cited('version'))
+  assert ahead if dev else ours == cited('version')
 
 
 def test_the_address_is_one():
@@ -37,3 +39,10 @@ def test_the_address_is_one():
   notebook = nbformat.read(ROOT / 'colab' / 'gsgd_jax.ipynb', as_version=4)
   for text in ((ROOT / 'README.md').read_text(), notebook.cells[0].source):
     assert f'{opened}gsgd_jax.ipynb)' in text
+  links = re.findall(
+    r'\]\(https://github.com/(.*?)\)', notebook.cells[-1].source
+  )
+  for link in links:
+    there, page = link.split('/blob/main/')
+    assert there == name and (ROOT / page).is_file()
+  assert len(links) == 3
