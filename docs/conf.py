@@ -5,7 +5,7 @@ import re
 import gsgd_jax
 
 project = 'gsgd_jax'
-author = 'The gsgd_jax authors'
+author = 'The gsgd_jax developers'
 copyright = author
 version = release = gsgd_jax.__version__
 
@@ -39,6 +39,8 @@ pygments_style = 'default'  # Furo's own shows no difference in diffs.
 html_title = f'gsgd_jax {release}'
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ['narrow.css']
+html_css_files = ['narrow.css']
 
 
 def _intervals_in_one_line(app, docname, content):

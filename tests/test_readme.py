@@ -51,11 +51,41 @@ def test_its_results_are_those_of_the_guides():
     assert row in TRAINING
 
 
+def test_its_table_is_that_of_the_evidence():
+  """Method by method: at equal gradients and time, on either cluster."""
+  as_told = {
+    'adaptive braking (published)': 'adaptive braking, the best published',
+    'ASGD, guided': '**ASGD, guided** (`guided_sgd`)',
+    'adaptive braking, guided': '**adaptive braking, guided**',
+    'data parallel, batches of 64': 'batches of 64, split (data parallel)',
+  }
+  rows_of = lambda text: [
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in text.splitlines()
+    if line.startswith('|')
+  ]
+  tuned = README.partition('uneven, by time |\n')[2].partition('\n\n')[0]
+  _, *tuned = rows_of(tuned)
+  assert len(tuned) == 7
+  section = EVIDENCE.partition('## 64 workers')[2].partition('\n## ')[0]
+  section = section.partition('Machines whose speeds')
+  alike, uneven = ({row[0]: row for row in rows_of(t)} for t in section[::2])
+  for method, *cells in tuned:
+    told = as_told.get(method, method)
+    expected = [by[told][i] for by in (alike, uneven) for i in (1, 3)]
+    assert cells == expected, method
+
+
 def test_its_links_lead_somewhere():
   links = re.findall(r'\]\((?!https:)(.*?)\)|src="(.*?)"', README)
   assert len(links) > 15
   for link in map(''.join, links):
-    assert (ROOT / link).is_file()
+    name, _, anchor = link.partition('#')
+    assert (ROOT / name).is_file()
+    if anchor:
+      headings = re.findall(r'^#+ (.*)$', (ROOT / name).read_text(), re.M)
+      slugs = [re.sub(r'[^\w -]', '', h).lower() for h in headings]
+      assert anchor in [slug.replace(' ', '-') for slug in slugs]
 
 
 def test_the_guide_to_clusters_runs(tmp_path, monkeypatch):
