@@ -371,6 +371,7 @@ def test_schedule_names():
   assert optimizers.schedule_names() == sorted(SCHEDULES)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')  # Bits.
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_a_schedule_is_that_of_optax(name):
   given, expected = SCHEDULES[name]
@@ -385,6 +386,7 @@ def test_a_schedule_is_that_of_optax(name):
   optimizers.check_rates(name, long, ARRIVALS)
 
 
+@pytest.mark.usefixtures('as_users_compile_it')  # Bits.
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_warmup(name):
   """A straight line from 0, then the schedule over what is left."""
