@@ -5,6 +5,8 @@ import pathlib
 import nbclient
 import nbformat
 
+from tests import quick
+
 NOTEBOOK = pathlib.Path(__file__).parents[1] / 'colab' / 'gsgd_jax.ipynb'
 QUICK = """
 UPDATES, SEEDS = 64, 2
@@ -29,7 +31,8 @@ def said(cell):
 
 
 def test_it_runs_and_shows_pictures(tmp_path, monkeypatch):
-  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  for name, value in quick.environment().items():
+    monkeypatch.setenv(name, value)
   # Programs that come again, as the sequential one, are compiled once.
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'compiled'))
   monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
