@@ -51,6 +51,8 @@ def documented(folder):
 def test_every_public_name_is_in_the_api(built):
   names = {f'gsgd_jax.{name}' for name in gsgd_jax.__all__}
   names |= {f'gsgd_jax.parallel.{name}' for name in parallel.__all__}
+  of_notebooks = ('train', 'compute', 'prepared', 'Run', 'Report')
+  names |= {f'gsgd_jax.notebook.{name}' for name in of_notebooks}
   assert names <= documented(built)
 
 

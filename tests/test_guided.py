@@ -582,7 +582,24 @@ def test_rules_that_cannot_be(rule, reason):
     tx.init(jnp.zeros([]))
 
 
-def test_a_rule_knows_the_window_and_its_end():
+def test_a_rule_is_called_at_the_ends_of_windows():
+  seen = []
+
+  def rule(window, **_):
+    jax.debug.callback(lambda scores: seen.append(scores), window.scores)
+    return window.scores
+
+  tx = gsgd_jax.guided(optax.sgd(0.1), window=5, select=rule)
+  zero = jnp.zeros([])
+  step = jax.jit(lambda state: tx.update(zero, state, zero, value=1.0)[1])
+  state = tx.init(zero)
+  for _ in range(17):
+    state = step(state)
+  jax.effects_barrier()
+  assert len(seen) == 3
+
+
+def test_a_rule_knows_the_window_and_the_parameters():
   """Its batches and the parameters: every loss is taken anew."""
   problem = helpers.make_problem('logistic', 4, 3, 40, seed=6)
 

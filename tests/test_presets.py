@@ -58,6 +58,7 @@ def by_hand(inner, rate, step, **options):
     (3, {}, 1),
     (16, dict(step=5.0), 5),
     (16, dict(window=6, replays=2, select='random'), 2),
+    (16, dict(select=lambda window, **_: -window.losses), 2),
   ],
 )
 def test_composition(workers, options, step):
